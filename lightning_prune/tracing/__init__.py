@@ -1,0 +1,1 @@
+"""The model, looked at once: labels, integers, ties and grids."""
