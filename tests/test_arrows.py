@@ -1,0 +1,82 @@
+"""Imports point one way: from the callback and the command line down to the plan, never back (docs/design.md)."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "lightning_prune"
+
+# Lowest first. A module imports only from lower lines: those of one line are siblings, which never meet. The files
+# of a folder (tracing, models, data) may import one another. A module that is not here has no place yet: find it one.
+RANKS = (
+    {"errors"},
+    {"plan", "options"},
+    {"tracing"},
+    {"groups"},
+    # Groundwork of single stages: of surgery (attributes, cutting, patches) and of selection (counts).
+    {"attributes", "counts", "cutting", "patches"},
+    {"importance", "selection", "schedules", "surgery", "optimizers", "regularizer", "cost"},
+    # What two of the next line would else write twice: structure notes, interleaved timing.
+    {"structure", "latency"},
+    {"pruner", "checkpoint", "metrics", "report"},
+    # Parts of the callback, each one question put to Lightning.
+    {"strategies", "example_inputs", "checkpointing", "models", "data"},
+    {"callback"},
+    {"cli"},
+    {"__init__", "__main__"},
+)
+RANK = {module: rank for rank, modules in enumerate(RANKS) for module in modules}
+
+# Who may import a library. "lazily": inside functions only, so that importing the package never loads it.
+LIBRARIES = {
+    "lightning": {"callback", "strategies", "example_inputs", "checkpointing", "models", "data", "cli"},
+    "lightning_utilities": {"example_inputs"},
+    "hydra": {"cli"},
+    "omegaconf": {"cli"},
+    "rich": {"report"},
+    "matplotlib": {"report"},
+}
+LAZY = {"rich", "matplotlib"}
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def _module(dotted: str) -> str:
+    """Return the first name below the package: ``lightning_prune.tracing.labels`` -> ``tracing``."""
+    parts = dotted.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def _imports(path: Path) -> Iterator[tuple[str, bool, int]]:
+    """Yield (dotted name, at the top level, line) of every import, those inside functions too."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        at_top = getattr(node, "col_offset", 1) == 0
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, at_top, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path}:{node.lineno}: write the import in full"
+            names = [node.module]
+            if node.module == PACKAGE.name:  # `from lightning_prune import surgery`
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from ((name, at_top, node.lineno) for name in names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_point_downwards(path: Path) -> None:
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert own in RANK, f"{own} has no rank: give it a place in RANKS, or merge it into the module that needs it"
+    for name, at_top, line in _imports(path):
+        library, where = name.partition(".")[0], f"{path.relative_to(PACKAGE)}:{line} imports {name}"
+        if library == PACKAGE.name:
+            other = _module(name)
+            other = other if other in RANK else "__init__"  # a public name, taken from the top
+            assert other == own or RANK[other] < RANK[own], f"{where}: an arrow upwards or between siblings"
+        elif library in LIBRARIES:
+            allowed = LIBRARIES[library]
+            assert own in allowed, f"{where}: only {', '.join(sorted(allowed))} may"
+            assert not (library in LAZY and at_top), f"{where}: import it inside the function that needs it"
