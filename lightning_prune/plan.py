@@ -41,12 +41,14 @@ class Cut:
     def __post_init__(self) -> None:
         if self.rows < 1 or len(self.keep) % self.rows:
             raise PlanError(
-                f"{self.tensor} dim {self.dim}: {len(self.keep)} kept indices do not divide into {self.rows} rows"
+                f"{self.tensor} dim {self.dim}: {len(self.keep)} kept indices do not divide into "
+                f"{self.rows} rows"
             )
         for row in self.by_row():
             if len(set(row)) != len(row) or (row and not 0 <= min(row) <= max(row) < self.size):
                 raise PlanError(
-                    f"{self.tensor} dim {self.dim}: kept indices must be distinct and in [0, {self.size}), got {row[:8]}"
+                    f"{self.tensor} dim {self.dim}: kept indices must be distinct and in [0, {self.size}), "
+                    f"got {row[:8]}"
                 )
 
     @property
@@ -161,9 +163,12 @@ class Plan:
                 raise PlanError(f"the plan has format {data['format']!r}, this version reads {FORMAT}")
             return Plan(
                 cuts=tuple(Cut(str(t), int(d), int(s), _ints(k), int(r)) for t, d, s, k, r in data["cuts"]),
-                rewrites=tuple(Rewrite(str(m), str(p), _scalar(b), _scalar(a)) for m, p, b, a in data["rewrites"]),
+                rewrites=tuple(
+                    Rewrite(str(m), str(p), _scalar(b), _scalar(a)) for m, p, b, a in data["rewrites"]
+                ),
                 patches=tuple(
-                    Patch(str(m), str(k), tuple((str(n), _scalar(v)) for n, v in vs)) for m, k, vs in data["patches"]
+                    Patch(str(m), str(k), tuple((str(n), _scalar(v)) for n, v in vs))
+                    for m, k, vs in data["patches"]
                 ),
                 sizes=tuple((str(n), _ints(s)) for n, s in data["sizes"]),
             )
@@ -184,26 +189,56 @@ def _scalar(value: Any) -> Scalar:
 
 
 def _compose_cuts(first: Plan, later: Plan) -> tuple[Cut, ...]:
-    table = {(c.tensor, c.dim): c for c in first.cuts}
+    early = {(c.tensor, c.dim): c for c in first.cuts}
+    table = dict(early)
     for cut in later.cuts:
         key = (cut.tensor, cut.dim)
-        table[key] = _compose_cut(table[key], cut) if key in table else cut
+        blocks = early.get((cut.tensor, 0))
+        if cut.rows > 1 and blocks is not None:
+            table[key] = _compose_rows(early.get(key), cut, blocks)
+        else:
+            table[key] = _compose_cut(table[key], cut) if key in table else cut
     return tuple(table.values())
+
+
+def _compose_rows(early: Cut | None, late: Cut, blocks: Cut) -> Cut:
+    """Row-wise cut after one that also cut dimension 0: refer the later blocks to that dimension as it was.
+
+    ``blocks`` is the earlier cut of dimension 0. The composed cut has the fewest rows of which none holds
+    positions of two later blocks; a row without survivors keeps any list of the right length.
+    """
+    where = f"{late.tensor} dim {late.dim}"
+    if len(blocks.keep) % late.rows:
+        raise PlanError(
+            f"{where}: {late.rows} rows do not divide the {len(blocks.keep)} positions that dimension 0 has left"
+        )
+    step = len(blocks.keep) // late.rows
+    owner = {position: i // step for i, position in enumerate(blocks.keep)}
+    early = early or Cut(late.tensor, late.dim, late.size, tuple(range(late.size)))
+    for rows in (n for n in range(early.rows, blocks.size + 1, early.rows) if blocks.size % n == 0):
+        size = blocks.size // rows
+        found = [{owner[p] for p in range(r * size, (r + 1) * size) if p in owner} for r in range(rows)]
+        if all(len(hit) <= 1 for hit in found):
+            keep = tuple(i for hit in found for i in late.by_row()[min(hit, default=0)])
+            return _compose_cut(early, Cut(late.tensor, late.dim, late.size, keep, rows))
+    raise PlanError(f"{where}: {early.rows} rows do not divide the {blocks.size} positions of dimension 0")
 
 
 def _compose_cut(a: Cut, b: Cut) -> Cut:
     if a.kept != b.size:
-        raise PlanError(f"{b.tensor} dim {b.dim}: the later plan starts from {b.size}, the earlier one leaves {a.kept}")
-    if a.rows == b.rows:
-        pairs = zip(a.by_row(), b.by_row(), strict=True)
-    elif b.rows == 1:
-        pairs = ((row, b.keep) for row in a.by_row())
-    elif a.rows == 1:
-        pairs = ((a.keep, row) for row in b.by_row())
-    else:
+        raise PlanError(
+            f"{b.tensor} dim {b.dim}: the later plan starts from {b.size}, the earlier one leaves {a.kept}"
+        )
+    rows = max(a.rows, b.rows)
+    if rows % a.rows or rows % b.rows:
         raise PlanError(f"{b.tensor} dim {b.dim}: plans with {a.rows} and {b.rows} rows cannot be composed")
-    keep = tuple(early[i] for early, late in pairs for i in late)
-    return Cut(a.tensor, a.dim, a.size, keep, max(a.rows, b.rows))
+    pairs = zip(_spread(a, rows), _spread(b, rows), strict=True)
+    return Cut(a.tensor, a.dim, a.size, tuple(early[i] for early, late in pairs for i in late), rows)
+
+
+def _spread(cut: Cut, rows: int) -> list[tuple[int, ...]]:
+    """Kept indices of the same cut by ``rows`` rows, a multiple of its own."""
+    return [row for row in cut.by_row() for _ in range(rows // cut.rows)]
 
 
 def _compose_rewrites(first: tuple[Rewrite, ...], later: tuple[Rewrite, ...]) -> tuple[Rewrite, ...]:

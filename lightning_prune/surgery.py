@@ -1,0 +1,263 @@
+"""The only stage that changes a model: check the whole plan, compute every tensor, then swap pointers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lightning_prune.attributes import get_path, remember, set_path
+from lightning_prune.cutting import cut_tensor, set_tensor_data
+from lightning_prune.errors import PlanError
+from lightning_prune.patches import check_patch, install_patch, remember_patch
+from lightning_prune.plan import Cut, Plan, Rewrite
+
+__all__ = ["Snapshot", "apply", "cut_tensor", "set_tensor_data", "validate"]
+
+
+def apply(model: nn.Module, plan: Plan) -> None:
+    """Cut a model in place, as the plan says. Needs no example inputs.
+
+    Every parameter and buffer stays the same Python object, tied ones are cut once, gradients are cut along.
+    Whatever goes wrong, Ctrl-C included, the model is afterwards the old one, bit for bit, or the new one.
+    Optimizer state is not touched: see ``optimizers.Carrier``.
+
+    Args:
+        model: The model that the plan was made for, or a freshly built one of the same structure.
+        plan: What is kept; an empty plan changes nothing.
+
+    Raises:
+        PlanError: If any part of the plan does not fit. Nothing was cut.
+
+    >>> from lightning_prune.plan import Cut
+    >>> net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    >>> places = ("0.weight", 0), ("0.bias", 0), ("1.weight", 1)
+    >>> apply(net, Plan(cuts=tuple(Cut(tensor, dim, 4, (0, 2)) for tensor, dim in places)))
+    >>> tuple(net(torch.ones(5, 3)).shape), tuple(net[1].weight.shape)
+    ((5, 2), (2, 2))
+    """
+    targets = _checked(model, plan)
+    pieces = [_Piece.of(target) for target in targets]
+    snapshot = Snapshot.of(model, plan)
+    try:
+        for piece in pieces:
+            piece.commit()
+        for rewrite in plan.rewrites:
+            set_path(model.get_submodule(rewrite.module), rewrite.path, rewrite.after)
+        for patch in plan.patches:
+            install_patch(model, patch)
+    except BaseException:  # Ctrl-C too must not leave half a model
+        snapshot.restore()
+        raise
+    _repack_recurrent(model, targets)
+
+
+def validate(model: nn.Module, plan: Plan) -> None:
+    """See whether a plan fits a model, without changing anything.
+
+    Raises:
+        PlanError: As ``apply``, whose checks these are.
+    """
+    _checked(model, plan)
+
+
+class Snapshot:
+    """What a plan will change: tensors, gradients, attributes, computations. Copies nothing.
+
+    >>> from lightning_prune.plan import Cut
+    >>> layer, plan = nn.Linear(3, 4), Plan(cuts=(Cut("weight", 0, 4, (0, 2)), Cut("bias", 0, 4, (0, 2))))
+    >>> snapshot = Snapshot.of(layer, plan)
+    >>> apply(layer, plan)
+    >>> snapshot.restore()
+    >>> tuple(layer.weight.shape)
+    (4, 3)
+    """
+
+    def __init__(self, undos: list[Callable[[], None]]) -> None:
+        self._undos = undos
+
+    @staticmethod
+    def of(model: nn.Module, plan: Plan) -> Snapshot:
+        """Take a snapshot of what ``apply(model, plan)`` would change. It holds the old tensors' memory.
+
+        Raises:
+            PlanError: If the plan does not fit the model.
+        """
+        undos = [_remember_tensor(target.tensor) for target in _checked(model, plan)]
+        undos += [remember(model.get_submodule(r.module), r.path) for r in plan.rewrites]
+        undos += [remember_patch(model, p) for p in plan.patches]
+        return Snapshot(undos)
+
+    def restore(self) -> None:
+        """Put everything back: the same tensor objects over the same memory. May be called again."""
+        while True:
+            try:
+                for undo in reversed(self._undos):
+                    undo()
+            except (
+                KeyboardInterrupt
+            ):  # a second Ctrl-C during the way back: start again, each part is idempotent
+                continue
+            return
+
+
+@dataclass(frozen=True, eq=False)
+class _Target:
+    name: str
+    tensor: Tensor
+    cuts: tuple[Cut, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """A tensor with what it will hold."""
+
+    tensor: Tensor
+    data: Tensor
+    grad: Tensor | None
+
+    @staticmethod
+    def of(target: _Target) -> _Piece:
+        grad = target.tensor.grad if target.tensor.is_leaf else None
+        fits = grad is not None and grad.shape == target.tensor.shape
+        return _Piece(
+            target.tensor,
+            cut_tensor(target.tensor, target.cuts),
+            cut_tensor(grad, target.cuts) if grad is not None and fits else None,
+        )
+
+    def commit(self) -> None:
+        set_tensor_data(self.tensor, self.data)
+        if self.grad is not None:
+            self.tensor.grad = self.grad
+
+
+def _remember_tensor(tensor: Tensor) -> Callable[[], None]:
+    data, grad = tensor.data, tensor.grad if tensor.is_leaf else None
+
+    def undo() -> None:
+        set_tensor_data(tensor, data)
+        if grad is not None:
+            tensor.grad = grad
+
+    return undo
+
+
+def _checked(model: nn.Module, plan: Plan) -> list[_Target]:
+    """Check everything, and give each tensor object once with its cuts."""
+    if torch.is_inference_mode_enabled():
+        raise PlanError(
+            "a plan was applied under torch.inference_mode(), which leaves tensors that cannot be trained. "
+            "Apply it outside; torch.no_grad() is fine"
+        )
+    modules = dict(model.named_modules(remove_duplicate=False))
+    tensors: dict[str, Tensor] = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    if plan:
+        for name, tensor in tensors.items():
+            _check_kind(name, tensor, modules)
+    _check_sizes(tensors, plan)
+    targets = list(_targets(tensors, plan.by_tensor()))
+    for rewrite in plan.rewrites:
+        _check_rewrite(modules, rewrite)
+    for patch in plan.patches:
+        check_patch(model, patch)
+    return targets
+
+
+def _check_kind(name: str, tensor: Tensor, modules: Mapping[str, nn.Module]) -> None:
+    owner = modules.get(name.rpartition(".")[0])
+    where = f"{name} ({type(owner).__name__})"
+    if is_lazy(tensor):
+        raise PlanError(f"{where}: not initialised yet; run the model once, then make and apply the plan")
+    distributed: Any = sys.modules.get("torch.distributed.tensor")  # not imported: no tensor can be one
+    if distributed is not None and isinstance(tensor, distributed.DTensor):
+        raise PlanError(
+            f"{where}: a DTensor, sharded over processes; apply the plan before sharding, or use DDP"
+        )
+    if tensor.is_meta:
+        raise PlanError(
+            f"{where}: on the meta device, without values; move the model with to_empty() and load it"
+        )
+    if tensor.is_inference():
+        raise PlanError(f"{where}: made under torch.inference_mode(); build the model outside of it")
+
+
+def _check_sizes(tensors: Mapping[str, Tensor], plan: Plan) -> None:
+    for name, shape in plan.sizes:
+        if name in tensors and tuple(tensors[name].shape) != tuple(shape):
+            raise PlanError(
+                f"{name}: the plan is for shape {tuple(shape)}, the model has {tuple(tensors[name].shape)}; "
+                "make the plan for this model, or compose it with Plan.then"
+            )
+
+
+def _targets(tensors: Mapping[str, Tensor], table: Mapping[str, tuple[Cut, ...]]) -> Iterator[_Target]:
+    seen: dict[int, _Target] = {}
+    for name, cuts in table.items():
+        if name not in tensors:
+            raise PlanError(
+                f"{name}: the model has no parameter or buffer of this name; plan and model differ"
+            )
+        for cut in cuts:
+            _check_cut(tensors[name], cut)
+        if len({cut.dim for cut in cuts}) != len(cuts):
+            raise PlanError(f"{name}: one dimension is cut twice in one plan; compose plans with Plan.then")
+        target = _Target(name, tensors[name], cuts)
+        twin = seen.setdefault(id(target.tensor), target)
+        if twin is target:
+            yield target
+        elif [_what(c) for c in twin.cuts] != [_what(c) for c in cuts]:
+            raise PlanError(
+                f"{name}: the same tensor as {twin.name}, but cut in another way; cut both alike or one"
+            )
+
+
+def _what(cut: Cut) -> tuple[int, int, tuple[int, ...], int]:
+    return cut.dim, cut.rows, cut.keep, cut.size
+
+
+def _check_cut(tensor: Tensor, cut: Cut) -> None:
+    where = f"{cut.tensor} dim {cut.dim}"
+    if not 0 <= cut.dim < tensor.dim():
+        raise PlanError(f"{where}: the tensor has {tensor.dim()} dimensions; plan and model differ")
+    if tensor.shape[cut.dim] != cut.size:
+        raise PlanError(
+            f"{where}: the plan cuts a dimension of size {cut.size}, the model has {tensor.shape[cut.dim]}; "
+            "make the plan for this model, or compose it with Plan.then"
+        )
+    if cut.rows > 1 and (cut.dim == 0 or tensor.shape[0] % cut.rows):
+        raise PlanError(
+            f"{where}: {cut.rows} rows are blocks of dimension 0 with indices along another one; "
+            f"the shape is {tuple(tensor.shape)}"
+        )
+    if cut.kept == 0:
+        raise PlanError(f"{where}: nothing would be left of {cut.size}; keep at least one index")
+
+
+def _check_rewrite(modules: Mapping[str, nn.Module], rewrite: Rewrite) -> None:
+    where = f"rewrite of {rewrite.path} in {rewrite.module!r}"
+    if rewrite.module not in modules:
+        raise PlanError(f"{where}: the model has no such module; plan and model differ")
+    now = get_path(modules[rewrite.module], rewrite.path)
+    if isinstance(now, bool) or isinstance(rewrite.after, bool):
+        raise PlanError(f"{where}: {now!r} -> {rewrite.after!r}, but no flag follows a size; leave it out")
+    if now != rewrite.before:
+        raise PlanError(
+            f"{where}: the plan expects {rewrite.before!r}, the model has {now!r}; plan and model differ"
+        )
+
+
+def _repack_recurrent(model: nn.Module, targets: list[_Target]) -> None:
+    """Lay the weights of a cut recurrent layer side by side again, as cuDNN wants them. No effect on CPU."""
+    cut = {id(target.tensor) for target in targets}
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase) and any(id(p) in cut for p in module.parameters(recurse=False)):
+            module.flatten_parameters()
