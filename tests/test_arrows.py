@@ -24,7 +24,7 @@ RANKS = (
     {"structure", "latency"},
     {"pruner", "checkpoint", "metrics", "report"},
     # Parts of the callback, each one question put to Lightning.
-    {"strategies", "example_inputs", "checkpointing", "models", "data"},
+    {"strategies", "example_inputs", "progress", "checkpointing", "models", "data"},
     {"callback"},
     {"cli"},
     {"__init__", "__main__"},
@@ -33,7 +33,7 @@ RANK = {module: rank for rank, modules in enumerate(RANKS) for module in modules
 
 # Who may import a library. "lazily": inside functions only, so that importing the package never loads it.
 LIBRARIES = {
-    "lightning": {"callback", "strategies", "example_inputs", "checkpointing", "models", "data", "cli"},
+    "lightning": {"callback", "strategies", "example_inputs", "progress", "checkpointing", "models", "data", "cli"},
     "lightning_utilities": {"example_inputs"},
     "hydra": {"cli"},
     "omegaconf": {"cli"},
