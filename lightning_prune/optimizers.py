@@ -42,7 +42,7 @@ def register_state_slicer(optimizer_cls: type[Optimizer], slicer: StateSlicer) -
 
 @dataclass(frozen=True, eq=False)
 class _Carried:
-    """New state of one parameter in one optimizer; None starts it again. ``shape`` is the one after the cut."""
+    """New state of one parameter in one optimizer; None starts it again. ``shape`` is that after the cut."""
 
     optimizer: Optimizer
     parameter: Tensor
@@ -191,8 +191,8 @@ def _warn_once(
     warned.add((name, key))
     found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
     warnings.warn(
-        f"{name} keeps {key!r} ({found}) for a parameter of shape {shape}; it cannot be sliced, so the state of "
-        "such parameters starts again. To carry it over, see lightning_prune.optimizers.register_state_slicer",
+        f"{name} keeps {key!r} ({found}) for a parameter of shape {shape}; it cannot be sliced, so the state "
+        "of such parameters starts again. To carry it over, see optimizers.register_state_slicer",
         UserWarning,
         stacklevel=4,
     )
@@ -221,6 +221,6 @@ def _check(item: _Carried) -> None:
     for key, value in tensors.items() if item.checked else ():
         if any(n not in {full, 1} for n, full in zip(value.shape, shape, strict=True)):
             raise PruneError(
-                f"{type(item.optimizer).__name__}: {key!r} has shape {tuple(value.shape)}, its parameter {shape}; "
-                "a fused optimizer would run on it in silence. Report this, or register a state slicer"
+                f"{type(item.optimizer).__name__}: {key!r} has shape {tuple(value.shape)}, its parameter has "
+                f"{shape}; a fused optimizer would run on it silently. Report this, or register a state slicer"
             )

@@ -5,6 +5,7 @@ Iterating composes plans, resuming replays one, DDP broadcasts one, a dry run pr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -210,7 +211,7 @@ def _compose_rows(early: Cut | None, late: Cut, blocks: Cut) -> Cut:
     where = f"{late.tensor} dim {late.dim}"
     if len(blocks.keep) % late.rows:
         raise PlanError(
-            f"{where}: {late.rows} rows do not divide the {len(blocks.keep)} positions that dimension 0 has left"
+            f"{where}: {late.rows} rows do not divide the {len(blocks.keep)} positions left of dimension 0"
         )
     step = len(blocks.keep) // late.rows
     owner = {position: i // step for i, position in enumerate(blocks.keep)}
@@ -229,9 +230,7 @@ def _compose_cut(a: Cut, b: Cut) -> Cut:
         raise PlanError(
             f"{b.tensor} dim {b.dim}: the later plan starts from {b.size}, the earlier one leaves {a.kept}"
         )
-    rows = max(a.rows, b.rows)
-    if rows % a.rows or rows % b.rows:
-        raise PlanError(f"{b.tensor} dim {b.dim}: plans with {a.rows} and {b.rows} rows cannot be composed")
+    rows = math.lcm(a.rows, b.rows)
     pairs = zip(_spread(a, rows), _spread(b, rows), strict=True)
     return Cut(a.tensor, a.dim, a.size, tuple(early[i] for early, late in pairs for i in late), rows)
 
