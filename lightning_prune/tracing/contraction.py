@@ -1,0 +1,328 @@
+"""Contractions: contracted dimensions tie, batch dimensions tie, the result takes the rest.
+
+Shape legend: operands are described by letters, one per dimension, as in ``einsum``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from lightning_prune.tracing.labels import Ints, Label, Tags
+from lightning_prune.tracing.rules import Arguments, rule
+from lightning_prune.tracing.tracer import Tracer
+
+MEETS = "contracted with a dimension that must stay"
+NOT_ZERO = "contracted where neither side is zero once its units are gone"
+
+
+@dataclass
+class Operand:
+    """One side of a contraction: labels over the axes of all letters."""
+
+    tensor: Tensor
+    letters: str
+    labels: dict[str, Label | None]
+    zero: dict[str, bool]
+    is_parameter: bool
+
+
+def operand(t: Tracer, tensor: Tensor, letters: str, alphabet: str) -> Operand:
+    """Spread a tensor's labels over the axes of the whole alphabet."""
+    tags = t.tags(tensor)
+    for statistic in tags.statistics:
+        t.freeze(statistic, "a mean over these channels feeds a contraction")
+    labels: dict[str, Label | None] = {}
+    for letter, label in zip(letters, tags.dims, strict=True):
+        labels[letter] = None if label is None else _spread(label, letters, alphabet)
+    zero = dict(zip(letters, tags.zero, strict=True))
+    return Operand(tensor, letters, labels, zero, id(tensor) in t.names)
+
+
+def _spread(label: Label, letters: str, alphabet: str) -> Label:
+    order = [letters.index(letter) for letter in alphabet if letter in letters]
+    shape = [label.shape[letters.index(letter)] if letter in letters else 1 for letter in alphabet]
+    return label.transpose(order).reshape(shape)
+
+
+def contract(t: Tracer, x: Tensor, x_letters: str, y: Tensor, y_letters: str, out: Tensor, out_letters: str) -> None:
+    """State what a contraction does: ``x_letters,y_letters->out_letters``."""
+    alphabet = "".join(sorted(set(x_letters + y_letters)))
+    a, b = operand(t, x, x_letters, alphabet), operand(t, y, y_letters, alphabet)
+    length = {**dict(zip(x_letters, x.shape, strict=True))}
+    for letter, n in zip(y_letters, y.shape, strict=True):
+        length[letter] = max(n, length.get(letter, 1))
+    shared = set(x_letters) & set(y_letters)
+    for letter in alphabet:
+        if letter in shared:
+            _tie_letter(t, a, b, letter, alphabet, shared, out_letters)
+        elif letter not in out_letters:
+            _sum_letter(t, a if letter in x_letters else b, letter)
+    _mark_heads(t, a, b, shared, alphabet, out_letters)
+    _label_result(t, a, b, alphabet, out, out_letters)
+    t.count_work(1, [(_either(a, b, k), alphabet.index(k), int(length[k])) for k in alphabet])
+
+
+def _either(a: Operand, b: Operand, letter: str) -> Label | None:
+    label = a.labels.get(letter)
+    return b.labels.get(letter) if label is None else label
+
+
+def _tie_letter(
+    t: Tracer, a: Operand, b: Operand, letter: str, alphabet: str, shared: set[str], out_letters: str
+) -> None:
+    left, right = a.labels[letter], b.labels[letter]
+    n = [o.tensor.shape[o.letters.index(letter)] for o in (a, b)]
+    if (left is None and right is None) or n[0] != n[1]:
+        return
+    contracted = letter not in out_letters
+    why = t.why("contracted" if contracted else "paired")
+    loose = [i for i, k in enumerate(alphabet) if k not in shared]
+    if left is None or right is None:
+        for label in (left, right):
+            t.freeze(label, MEETS)
+        a.labels[letter] = b.labels[letter] = None
+        return
+    left, right = t.ledger.collapse(left, loose, why), t.ledger.collapse(right, loose, why)
+    t.ledger.tie(left, right, why)
+    a.labels[letter] = b.labels[letter] = left if left.size <= right.size else right
+    if contracted and not (a.zero[letter] or b.zero[letter]):
+        t.freeze(left, NOT_ZERO)
+
+
+def _sum_letter(t: Tracer, o: Operand, letter: str) -> None:
+    label = o.labels[letter]
+    if label is not None and not o.zero[letter]:
+        t.freeze(label, "summed where removed units are not zero")
+
+
+def _mark_heads(t: Tracer, a: Operand, b: Operand, shared: set[str], alphabet: str, out_letters: str) -> None:
+    """A head is a labelled batch dimension of a contraction of two activations."""
+    if a.is_parameter or b.is_parameter:
+        return
+    for letter in shared & set(out_letters):
+        label = _either(a, b, letter)
+        if label is None or not label.any():
+            continue
+        t.ledger.head_rows.append(label.ravel())
+        axis = alphabet.index(letter)
+        for o in (a, b):
+            for other, cells in o.labels.items():
+                if other != letter and cells is not None and cells.shape[axis] > 1:
+                    t.ledger.head_cells.append(cells.ravel())
+
+
+def _label_result(t: Tracer, a: Operand, b: Operand, alphabet: str, out: Tensor, out_letters: str) -> None:
+    why = t.why("the same for all contracted positions")
+    gone = [i for i, k in enumerate(alphabet) if k not in out_letters]
+    dims: list[Label | None] = []
+    zero: list[bool] = []
+    for letter in out_letters:
+        label = _either(a, b, letter)
+        zero.append(a.zero.get(letter, False) or b.zero.get(letter, False))
+        if label is None:
+            dims.append(None)
+            continue
+        label = t.ledger.collapse(label, gone, why)
+        kept = [alphabet.index(k) for k in out_letters]
+        dims.append(label.transpose(kept + gone).reshape([label.shape[i] for i in kept]))
+    t.put(out, Tags(tuple(dims), tuple(zero)))
+
+
+@rule("mm")
+def mm(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """[n, k] @ [k, m]."""
+    contract(t, a["self"], "nk", a["mat2"], "km", out, "nm")
+
+
+@rule("addmm")
+def addmm(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """bias + [n, k] @ [k, m]."""
+    contract(t, a["mat1"], "nk", a["mat2"], "km", out, "nm")
+    add_bias(t, a["self"], out)
+
+
+@rule("bmm")
+def bmm(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """[b, n, k] @ [b, k, m]."""
+    contract(t, a["self"], "bnk", a["mat2"], "bkm", out, "bnm")
+
+
+@rule("baddbmm")
+def baddbmm(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """bias + [b, n, k] @ [b, k, m]."""
+    contract(t, a["batch1"], "bnk", a["batch2"], "bkm", out, "bnm")
+    if a["beta"] != 0:
+        add_bias(t, a["self"], out)
+
+
+@rule("mv")
+def mv(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """[n, k] @ [k]."""
+    contract(t, a["self"], "nk", a["vec"], "k", out, "n")
+
+
+@rule("dot", "vdot")
+def dot(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """[k] @ [k]."""
+    contract(t, a["self"], "k", a["tensor" if "tensor" in a else "other"], "k", out, "")
+
+
+def add_bias(t: Tracer, bias: Tensor, out: Tensor) -> None:
+    """Tie a broadcast addend to a result."""
+    tags, result = t.tags(bias), t.tags(out)
+    for d in range(out.ndim):
+        own = d - out.ndim + bias.ndim
+        if own < 0 or out.shape[d] == 1 or bias.shape[own] != out.shape[d]:
+            continue
+        label, there = tags.dims[own], result.dims[d]
+        if label is not None and there is not None:
+            t.ledger.tie(label.reshape((1,) * (out.ndim - bias.ndim) + label.shape), there, t.why("bias of"))
+        else:
+            t.freeze(label, "bias of a dimension that must stay")
+            t.freeze(there, "has a bias that must stay")
+    bias_zero = [
+        d - out.ndim + bias.ndim >= 0 and tags.zero[d - out.ndim + bias.ndim] for d in range(out.ndim)
+    ]
+    zero = tuple(z and b for z, b in zip(result.zero, bias_zero, strict=True))
+    t.put(out, Tags(result.dims, zero))
+
+
+@rule("convolution", "_convolution", "convolution_overrideable", "mkldnn_convolution")
+def convolution(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """Convolution of any rank, grouped and transposed."""
+    convolve(t, a["input"], a["weight"], a["bias"], int(a["groups"]), bool(a.get("transposed", False)), out)
+
+
+def convolve(
+    t: Tracer, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, transposed: bool, out: Tensor
+) -> Label | None:
+    """State what a convolution does; gives the label of its groups where they may go."""
+    spatial = weight.ndim - 2
+    channel = x.ndim - spatial - 1
+    ragged = _ragged(t, weight, groups) if groups > 1 else None
+    read_whole = t.whole if ragged is None else set(t.whole)
+    x_tags, w_tags = t.tags(x), t.tags(weight)
+    t.whole = read_whole
+    _spatial_stays(t, x_tags, w_tags, channel)
+    source = _flat(t, x_tags.dims[channel], channel)
+    if groups == 1:
+        ins, outs = (w_tags.dims[0], w_tags.dims[1]) if transposed else (w_tags.dims[1], w_tags.dims[0])
+        _meet(t, source, _flat(t, ins, 0 if transposed else 1))
+        rows, result = None, _flat(t, outs, 1 if transposed else 0)
+    else:
+        grouped = _Grouped(t, weight, w_tags, groups, transposed, ragged)
+        rows, result = grouped.follow(source)
+    in_dim, out_dim = (0, 1) if transposed else (1, 0)
+    if source is not None and not (x_tags.zero[channel] or w_tags.zero[in_dim]):
+        t.freeze(source, NOT_ZERO)
+    dims: list[Label | None] = [None] * out.ndim
+    dims[channel] = _along(result, out.ndim, channel)
+    zero = [False] * out.ndim
+    zero[channel] = w_tags.zero[out_dim] if groups == 1 else w_tags.zero[0] and w_tags.zero[1]
+    if channel == 1 and x_tags.dims[0] is not None:
+        dims[0] = t.ledger.collapse(x_tags.dims[0], range(1, x.ndim), t.why("the same for all channels"))
+    t.put(out, Tags(tuple(dims), tuple(zero)))
+    if bias is not None:
+        _bias(t, bias, out, channel)
+    window = int(np.prod(weight.shape[2:])) * int(np.prod(x.shape[channel + 1 :] if transposed else out.shape[channel + 1 :]))
+    batch = int(np.prod(x.shape[:channel]))
+    per_row = (w_tags.dims[1], 1, int(weight.shape[1])) if ragged is None else (ragged, 1, int(weight.shape[1]))
+    t.count_work(window * batch, [(w_tags.dims[0], 0, int(weight.shape[0])), per_row])
+    return rows
+
+
+def _bias(t: Tracer, bias: Tensor, out: Tensor, channel: int) -> None:
+    tags = t.tags(bias)
+    result = t.tags(out)
+    _meet(t, None if tags.dims[0] is None else tags.dims[0], _flat(t, result.dims[channel], channel))
+    if not tags.zero[0]:
+        t.put(out, Tags(result.dims, tuple(False for _ in result.zero)))
+
+
+def _spatial_stays(t: Tracer, x: Tags, weight: Tags, channel: int) -> None:
+    for statistic in (*x.statistics, *weight.statistics):
+        t.freeze(statistic, "a mean over these channels feeds a convolution")
+    for label in x.dims[channel + 1 :]:
+        t.freeze(label, "convolved along this dimension")
+    for label in weight.dims[2:]:
+        t.freeze(label, "position in a kernel")
+
+
+def _flat(t: Tracer, label: Label | None, dim: int) -> Ints | None:
+    """A label as one row of atoms: the same for all positions of its scopes."""
+    if label is None:
+        return None
+    scopes = [d for d in range(label.ndim) if d != dim]
+    return t.ledger.collapse(label, scopes, t.why("the same for all positions")).reshape(-1)
+
+
+def _along(row: Ints | None, rank: int, dim: int) -> Label | None:
+    if row is None:
+        return None
+    shape = [1] * rank
+    shape[dim] = -1
+    return row.reshape(shape)
+
+
+def _meet(t: Tracer, left: Ints | None, right: Ints | None) -> None:
+    if left is not None and right is not None:
+        t.ledger.tie(left, right, t.why("contracted"))
+    else:
+        t.freeze(left, MEETS)
+        t.freeze(right, MEETS)
+
+
+def _ragged(t: Tracer, weight: Tensor, groups: int) -> Ints | None:
+    """Columns of a grouped weight have atoms per group, as long as nothing else reads the parameter."""
+    name = t.names.get(id(weight))
+    if name is None or weight.shape[1] == 1:
+        return None
+    if name not in t.ragged:
+        t.ragged[name] = t.ledger.new((groups, weight.shape[1]))
+    return t.ragged[name] if len(t.ragged[name]) == groups else None
+
+
+@dataclass
+class _Grouped:
+    """The grouped case: a group is a row, its channels are cells."""
+
+    t: Tracer
+    weight: Tensor
+    tags: Tags
+    groups: int
+    transposed: bool
+    ragged: Ints | None
+
+    def follow(self, source: Ints | None) -> tuple[Ints | None, Ints | None]:
+        """Tie rows and cells; give (label of the groups, label of the output channels)."""
+        t, g = self.t, self.groups
+        why = t.why("groups of a convolution")
+        leaf = _flat(t, self.tags.dims[0], 0)
+        columns = self.ragged if self.ragged is not None else _flat(t, self.tags.dims[1], 1)
+        if source is None or leaf is None:
+            for label in (source, leaf, columns):
+                t.freeze(label, MEETS)
+            return None, None if self.transposed else leaf
+        row, cell = self._rows(source, why)
+        w_row, w_cell = self._rows(leaf, why)
+        t.ledger.tie(row, w_row, why)
+        ins, outs = (w_cell, columns) if self.transposed else (columns, w_cell)
+        if cell is None:
+            t.freeze(outs, "outputs of one channel of a depthwise convolution go together")
+        elif ins is None:
+            t.freeze(cell, MEETS)
+        else:
+            t.ledger.tie(cell, ins, why)
+        if not self.transposed:
+            return (row if cell is None else None), leaf
+        spread = np.broadcast_to(row[:, None], (g, self.weight.shape[1]))
+        result = row if outs is None else t.ledger.both(spread, np.broadcast_to(outs, spread.shape)).reshape(-1)
+        return (row if cell is None else None), result
+
+    def _rows(self, flat: Ints, why: int) -> tuple[Ints, Ints | None]:
+        if len(flat) == self.groups:
+            return flat, None
+        return self.t.ledger.divide(flat, self.groups, why)

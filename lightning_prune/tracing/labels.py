@@ -1,0 +1,201 @@
+"""Provenance labels: which atom every index of every dimension belongs to, and what was learnt about atoms.
+
+Shape legend: a *label* of dimension d of a tensor of rank n is an int64 array of rank n with length
+``shape[d]`` along d, and along every other axis either 1 or the full length (then the label is *scoped*
+by that axis: each of its positions has its own row of atoms). ``None`` stands for *opaque*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Ints: TypeAlias = npt.NDArray[np.int64]
+Label: TypeAlias = Ints
+Dims: TypeAlias = tuple[Label | None, ...]
+
+FROZEN = 0
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where something happened: operation, module path, source line."""
+
+    op: str
+    module: str
+    line: str
+
+    def __str__(self) -> str:
+        where = f" in {self.module}" if self.module else ""
+        return f"{self.op}{where} ({self.line})" if self.line else f"{self.op}{where}"
+
+
+@dataclass(frozen=True)
+class Tags:
+    """What the trace knows of one tensor.
+
+    Args:
+        dims: Label per dimension, None = opaque.
+        zero: Per dimension, True if the positions of removed units hold zeros.
+        statistics: Labels over which a mean or variance in this tensor was taken.
+    """
+
+    dims: Dims
+    zero: tuple[bool, ...]
+    statistics: tuple[Label, ...] = ()
+
+    @property
+    def is_opaque(self) -> bool:
+        """True if no dimension is labelled and no statistic is carried."""
+        return not self.statistics and all(d is None for d in self.dims)
+
+
+def opaque(rank: int) -> Tags:
+    """Tags of a tensor about whose dimensions nothing may be removed."""
+    return Tags((None,) * rank, (False,) * rank)
+
+
+def along(label: Label, dim: int) -> Ints:
+    """View a label as [rows, n]: one row per position of its scopes."""
+    return np.moveaxis(label, dim, -1).reshape(-1, label.shape[dim])
+
+
+def compress(label: Label, dim: int) -> Label:
+    """Drop scopes along which the label does not vary."""
+    for axis, size in enumerate(label.shape):
+        if axis != dim and size > 1:
+            first = label.take([0], axis=axis)
+            if np.array_equal(np.broadcast_to(first, label.shape), label):
+                label = first
+    return label
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A label whose kept count is spoken of: rows [rows, n] of atoms."""
+
+    rows: Ints
+
+
+@dataclass
+class Ledger:
+    """Everything learnt in one trace: atoms, ties, freezes, ANDs and grids, each with its site."""
+
+    count: int = 1
+    sites: list[Site] = field(default_factory=list)
+    reasons: list[tuple[int, str]] = field(default_factory=list)
+    ties: list[tuple[Ints, Ints, int]] = field(default_factory=list)
+    ands: list[tuple[Ints, Ints, Ints]] = field(default_factory=list)
+    grids: list[tuple[Ints, Ints | None, int]] = field(default_factory=list)
+    axes: list[Axis] = field(default_factory=list)
+    head_rows: list[Ints] = field(default_factory=list)
+    head_cells: list[Ints] = field(default_factory=list)
+    elastic: list[tuple[int, int]] = field(default_factory=list)
+    _axis_of: dict[int, int] = field(default_factory=dict)
+    _splits: dict[tuple[bytes, int, int], tuple[Ints, Ints]] = field(default_factory=dict)
+    _reason_of: dict[tuple[Site, str], int] = field(default_factory=dict)
+
+    def why(self, site: Site, text: str) -> int:
+        """Store a reason once and give its number."""
+        key = (site, text)
+        if key not in self._reason_of:
+            self._reason_of[key] = len(self.reasons)
+            self.reasons.append((len(self.sites), text))
+            self.sites.append(site)
+        return self._reason_of[key]
+
+    def explain(self, why: int) -> str:
+        """One line for a reason."""
+        site, text = self.reasons[why]
+        return f"{text}: {self.sites[site]}"
+
+    def new(self, shape: Sequence[int]) -> Ints:
+        """Make atoms."""
+        n = int(np.prod(shape))
+        atoms = np.arange(self.count, self.count + n, dtype=np.int64).reshape(shape)
+        self.count += n
+        return atoms
+
+    def tie(self, a: Ints, b: Ints, why: int) -> None:
+        """Atoms at equal (broadcast) positions live or die together."""
+        if a is b:
+            return
+        left, right = np.broadcast_arrays(a, b)
+        if left.size > 4 * max(a.size, b.size):
+            pairs = np.unique(np.stack([left.ravel(), right.ravel()]), axis=1)
+            left, right = pairs[0], pairs[1]
+        self.ties.append((left.ravel(), right.ravel(), why))
+
+    def freeze(self, atoms: Ints | None, why: int) -> None:
+        """Atoms that always stay."""
+        if atoms is not None and atoms.any():
+            self.ties.append((atoms.ravel(), np.zeros(atoms.size, np.int64), why))
+
+    def collapse(self, label: Label, axes: Iterable[int], why: int) -> Label:
+        """Tie a label over some of its scopes and drop these."""
+        for axis in axes:
+            if label.shape[axis] > 1:
+                first = label.take([0], axis=axis)
+                self.tie(label, first, why)
+                label = first
+        return label
+
+    def both(self, row: Ints, cell: Ints) -> Ints:
+        """Atoms for "row AND cell", equal pairs sharing one; a frozen side drops out."""
+        row, cell = np.broadcast_arrays(row, cell)
+        flat_row, flat_cell = row.ravel(), cell.ravel()
+        leaf = np.where(flat_row == FROZEN, flat_cell, flat_row)
+        real = np.flatnonzero((flat_row != FROZEN) & (flat_cell != FROZEN) & (flat_row != flat_cell))
+        if len(real):
+            key = flat_row[real] * self.count + flat_cell[real]
+            _, first, back = np.unique(key, return_index=True, return_inverse=True)
+            atoms = self.new((len(first),))
+            self.ands.append((flat_row[real][first], flat_cell[real][first], atoms))
+            leaf[real] = atoms[back]
+        return leaf.reshape(row.shape)
+
+    def divide(self, flat: Ints, outer: int, why: int) -> tuple[Ints, Ints]:
+        """Split [scope..., n] into rows [scope..., outer] and cells [scope..., outer, n / outer]."""
+        key = (flat.tobytes(), flat.shape[-1], outer)
+        if key not in self._splits:
+            leaf = flat.reshape(*flat.shape[:-1], outer, -1)
+            row, cell = self.new(leaf.shape[:-1]), self.new(leaf.shape)
+            spread = np.broadcast_to(row[..., None], leaf.shape)
+            self.ands.append((spread.ravel(), cell.ravel(), leaf.ravel()))
+            self.grids.append((cell.reshape(-1, cell.shape[-1]), row.ravel(), why))
+            self._splits[key] = (row, cell)
+        return self._splits[key]
+
+    def remember_split(self, flat: Ints, outer: int, row: Ints, cell: Ints) -> None:
+        """Let a later split of a merged label give back what was merged."""
+        self._splits.setdefault((flat.tobytes(), flat.shape[-1], outer), (row, cell))
+
+    def bind(self, label: Label, dim: int, why: int) -> None:
+        """The rows of a scoped label keep equally many."""
+        rows = along(label, dim)
+        if len(rows) > 1:
+            self.grids.append((np.unique(rows, axis=0), None, why))
+
+    def axis(self, label: Label, dim: int) -> int:
+        """Number of the axis that a label stands for."""
+        rows = along(label, dim)
+        key = hash(rows.tobytes())
+        if key not in self._axis_of:
+            self._axis_of[key] = len(self.axes)
+            self.axes.append(Axis(np.unique(rows, axis=0) if len(rows) > 1 else rows))
+        return self._axis_of[key]
+
+    def stretch(self, n: int) -> Ints:
+        """Atoms of a dimension that was expanded from length 1; they belong to no parameter."""
+        atoms = self.new((n,))
+        self.elastic.append((int(atoms[0]), int(atoms[-1])))
+        return atoms
+
+    def is_elastic(self, label: Label) -> bool:
+        """True if every atom of a label came from an expanded dimension."""
+        low, high = int(label.min()), int(label.max())
+        return any(a <= low and high <= b for a, b in self.elastic)

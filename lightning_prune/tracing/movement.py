@@ -1,0 +1,439 @@
+"""Data movement: labels go where the data goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lightning_prune.tracing.labels import Label, Tags, compress
+from lightning_prune.tracing.rules import Arguments, rule, tensors_in, unknown
+from lightning_prune.tracing.shapes import blocks, reshape
+from lightning_prune.tracing.tracer import Tracer
+
+
+@rule(
+    "clone", "contiguous", "detach", "alias", "lift_fresh", "lift", "positive", "resolve_conj", "resolve_neg",
+    "dropout", "_conj", "feature_dropout",
+)
+def same(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """The result has the labels of the first tensor."""
+    t.put(out, t.tags(tensors_in(a.values())[0]))
+
+
+@rule("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
+def like(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """A new tensor of the same sizes."""
+    tags = t.tags(a["self"])
+    t.put(out, Tags(tags.dims, (False,) * out.ndim))
+
+
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "flatten", "unflatten", "view_as")
+def view(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """Merge and split dimensions."""
+    x = a["self"]
+    if x.dtype != out.dtype:
+        unknown(t, [x])
+        return
+    tags = t.tags(x)
+    dims = reshape(t.ledger, tags.dims, x.shape, out.shape, t.why("reshaped"))
+    zero = [False] * out.ndim
+    for ins, outs in blocks(x.shape, out.shape) if 0 not in x.shape else ():
+        is_zero = all(tags.zero[d] for d in ins if tags.dims[d] is not None)
+        for d in outs:
+            zero[d] = is_zero
+    t.put(out, Tags(dims, tuple(zero), tags.statistics))
+
+
+def move_axes(t: Tracer, x: Tensor, out: Tensor, move: Callable[[Label], Label], order: Sequence[int | None]) -> None:
+    """Axes change places: ``order[j]`` is the input dimension that output dimension j was, None if new."""
+    tags = t.tags(x)
+    dims = [None if d is None or tags.dims[d] is None else move(tags.dims[d]) for d in order]  # type: ignore[arg-type]
+    zero = tuple(d is not None and tags.zero[d] for d in order)
+    t.put(out, Tags(tuple(dims), zero, tags.statistics))
+
+
+@rule("permute")
+def permute(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """Reorder dimensions."""
+    order = [d % out.ndim for d in a["dims"]]
+    move_axes(t, a["self"], out, lambda label: label.transpose(order), order)
+
+
+@rule("transpose", "swapaxes")
+def transpose(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """Swap two dimensions."""
+    order = list(range(out.ndim))
+    i, j = a["dim0"] % out.ndim, a["dim1"] % out.ndim
+    order[i], order[j] = j, i
+    move_axes(t, a["self"], out, lambda label: label.transpose(order), order)
+
+
+@rule("t", "numpy_T")
+def t_(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """Reverse two dimensions."""
+    order = list(reversed(range(out.ndim)))
+    move_axes(t, a["self"], out, lambda label: label.transpose(order), order)
+
+
+@rule("unsqueeze")
+def unsqueeze(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """Insert a dimension of length 1."""
+    at = a["dim"] % out.ndim
+    order: list[int | None] = list(range(out.ndim - 1))
+    order.insert(at, None)
+    move_axes(t, a["self"], out, lambda label: np.expand_dims(label, at), order)
+
+
+@rule("squeeze")
+def squeeze(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """Drop dimensions of length 1."""
+    x = a["self"]
+    wanted = a.get("dim")
+    listed = range(x.ndim) if wanted is None else ([wanted] if isinstance(wanted, int) else wanted)
+    gone = tuple(d for d in {d % max(x.ndim, 1) for d in listed} if x.shape[d] == 1)
+    order = [d for d in range(x.ndim) if d not in gone]
+    move_axes(t, x, out, lambda label: np.squeeze(label, gone), order)
+
+
+@rule("expand")
+def expand(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """Repeat dimensions of length 1 without a copy."""
+    x = a["self"]
+    new = out.ndim - x.ndim
+    order: list[int | None] = [None] * new + list(range(x.ndim))
+    move_axes(t, x, out, lambda label: label.reshape((1,) * new + label.shape), order)
+
+
+@rule("select")
+def select(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """One index of a dimension: it and what is counted before it stay."""
+    x = a["self"]
+    dim, index = a["dim"] % x.ndim, int(a["index"])
+    label = t.tags(x).dims[dim]
+    if label is not None:
+        counted = slice(0, index + 1) if index >= 0 else slice(index, None)
+        t.freeze(_sliced(label, dim, counted), "picked by its number")
+    order = [d for d in range(x.ndim) if d != dim]
+    move_axes(t, x, out, lambda other: np.take(other, index if other.shape[dim] > 1 else 0, axis=dim), order)
+
+
+@rule("unbind")
+def unbind(t: Tracer, a: Arguments, out: Sequence[Tensor]) -> None:
+    """Every index of a dimension by itself."""
+    for index, piece in enumerate(out):
+        select(t, {"self": a["self"], "dim": a["dim"], "index": index}, piece)
+
+
+def _sliced(label: Label, dim: int, part: slice) -> Label:
+    if label.shape[dim] == 1:
+        return label
+    return label[(slice(None),) * dim + (part,)]
+
+
+def take_slice(t: Tracer, x: Tensor, out: Tensor, dim: int, part: slice) -> None:
+    """A range of a dimension. With a step, blocks of that many neighbours stay together."""
+    tags = t.tags(x)
+    label, step = tags.dims[dim], part.step or 1
+    if label is not None and step > 1:
+        _tie_blocks(t, label, dim, step)
+    dims = tuple(None if d is None else _sliced(d, dim, part) for d in tags.dims)
+    t.put(out, Tags(dims, tags.zero, tags.statistics))
+
+
+def _tie_blocks(t: Tracer, label: Label, dim: int, step: int) -> None:
+    if label.shape[dim] % step:
+        t.freeze(label, f"every {step}th index is taken from a length that {step} does not divide")
+        return
+    rows = np.moveaxis(label, dim, -1)
+    cells = rows.reshape(*rows.shape[:-1], -1, step)
+    t.ledger.tie(cells, cells[..., :1], t.why(f"every {step}th index is taken"))
+
+
+@rule("slice")
+def slice_(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """A range of a dimension; its bounds were checked where Python wrote them."""
+    x = a["self"]
+    take_slice(t, x, out, a["dim"] % x.ndim, slice(a["start"], a["end"], a["step"]))
+
+
+@rule("narrow")
+def narrow(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """A range of a dimension, by start and length."""
+    x = a["self"]
+    take_slice(t, x, out, a["dim"] % x.ndim, slice(a["start"], a["start"] + a["length"]))
+
+
+@rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "tensor_split")
+def split(t: Tracer, a: Arguments, out: Sequence[Tensor]) -> None:
+    """Consecutive ranges of a dimension."""
+    x = a["self"]
+    dim, start = (a["dim"] or 0) % x.ndim, 0
+    for piece in out:
+        take_slice(t, x, piece, dim, slice(start, start + piece.shape[dim]))
+        start += piece.shape[dim]
+
+
+@rule("cat", "concat", "concatenate")
+def cat(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """Put labels one behind the other; the other dimensions tie."""
+    pieces = [x for x in a["tensors"] if x.ndim == out.ndim]
+    dim = (a["dim"] or 0) % out.ndim
+    tags = [t.tags(x) for x in pieces]
+    dims: list[Label | None] = []
+    for d in range(out.ndim):
+        labels = [tag.dims[d] for tag in tags]
+        if d == dim:
+            dims.append(_joined(pieces, labels, dim))
+        else:
+            dims.append(_agreed(t, labels, dim))
+    zero = tuple(all(tag.zero[d] for tag in tags if tag.dims[d] is not None) for d in range(out.ndim))
+    t.put(out, Tags(tuple(dims), zero, tuple(s for tag in tags for s in tag.statistics)))
+
+
+def _joined(pieces: Sequence[Tensor], labels: Sequence[Label | None], dim: int) -> Label | None:
+    if all(label is None for label in labels):
+        return None
+    rank = pieces[0].ndim
+    shapes = [label.shape for label in labels if label is not None]
+    scope = [max(shape[d] for shape in shapes) for d in range(rank)]
+    parts = []
+    for x, label in zip(pieces, labels, strict=True):
+        scope[dim] = x.shape[dim]
+        parts.append(np.broadcast_to(np.zeros((1,) * rank, np.int64) if label is None else label, scope))
+    return compress(np.concatenate(parts, axis=dim), dim)
+
+
+def _agreed(t: Tracer, labels: Sequence[Label | None], dim: int) -> Label | None:
+    """Pieces side by side have one label along every other dimension."""
+    why = t.why("concatenated")
+    present = [t.ledger.collapse(label, [dim], why) for label in labels if label is not None]
+    if not present:
+        return None
+    if len(present) < len(labels):
+        for label in present:
+            t.ledger.freeze(label, why)
+        return None
+    smallest = min(present, key=lambda label: label.size)
+    for label in present:
+        t.ledger.tie(label, smallest, why)
+    return smallest
+
+
+@rule("stack")
+def stack(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """A new dimension; the others tie."""
+    dim = (a["dim"] or 0) % out.ndim
+    tags = [t.tags(x) for x in a["tensors"]]
+    dims: list[Label | None] = []
+    for d in range(out.ndim - 1):
+        label = _agreed(t, [tag.dims[d] for tag in tags], 0) if _scopeless(tags, d) else _agreed_scoped(t, tags, d)
+        dims.append(None if label is None else np.expand_dims(label, dim))
+    dims.insert(dim, None)
+    zero = [all(tag.zero[d] for tag in tags) for d in range(out.ndim - 1)]
+    zero.insert(dim, False)
+    t.put(out, Tags(tuple(dims), tuple(zero), tuple(s for tag in tags for s in tag.statistics)))
+
+
+def _scopeless(tags: Sequence[Tags], d: int) -> bool:
+    return all(tag.dims[d] is None or tag.dims[d].size == tag.dims[d].shape[d] for tag in tags)  # type: ignore[union-attr]
+
+
+def _agreed_scoped(t: Tracer, tags: Sequence[Tags], d: int) -> Label | None:
+    labels = [tag.dims[d] for tag in tags]
+    present = [label for label in labels if label is not None]
+    why = t.why("stacked")
+    for label in present:
+        if len(present) < len(labels):
+            t.ledger.freeze(label, why)
+        else:
+            t.ledger.tie(label, present[0], why)
+    return present[0] if present and len(present) == len(labels) else None
+
+
+@rule("flip")
+def flip(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """Reverse: the kept ones reverse alike."""
+    turned = {d % out.ndim for d in a["dims"]}
+    tags = t.tags(a["self"])
+    dims = tuple(
+        None if label is None else np.flip(label, [d for d in turned if label.shape[d] > 1]) for label in tags.dims
+    )
+    t.put(out, Tags(dims, tags.zero, tags.statistics))
+
+
+@rule("roll")
+def roll(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """Rotate: a labelled dimension that is rotated by a number of places stays."""
+    tags = t.tags(a["self"])
+    rolled = [d % out.ndim for d in a["dims"]] if a["dims"] else list(range(out.ndim))
+    pass_through(t, a["self"], out, [d for d in range(out.ndim) if d not in rolled], "rolled by a number of places")
+
+
+
+@rule("repeat", "tile")
+def repeat(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """Tile every dimension."""
+    x = a["self"]
+    tags = t.tags(x)
+    new = out.ndim - x.ndim
+    dims: list[Label | None] = [None] * new
+    for d, label in enumerate(tags.dims):
+        if label is None:
+            dims.append(None)
+            continue
+        reps = [1] * new
+        for axis, size in enumerate(label.shape):
+            reps.append(out.shape[new + axis] // size if axis == d or (size > 1) else 1)
+        dims.append(np.tile(label.reshape((1,) * new + label.shape), reps))
+    t.put(out, Tags(tuple(dims), (False,) * new + tags.zero, tags.statistics))
+
+
+@rule("constant_pad_nd")
+def pad(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """Padded positions of a labelled dimension stay."""
+    x, amounts = a["self"], [int(v) for v in a["pad"]]
+    tags = t.tags(x)
+    widths = [(0, 0)] * out.ndim
+    for k in range(len(amounts) // 2):
+        widths[out.ndim - 1 - k] = (amounts[2 * k], amounts[2 * k + 1])
+    dims: list[Label | None] = []
+    for d, label in enumerate(tags.dims):
+        if label is None:
+            dims.append(None)
+        elif min(widths[d]) < 0:
+            t.freeze(label, "cropped by a number of places")
+            dims.append(None)
+        else:
+            scoped = t.ledger.collapse(label, [k for k in range(out.ndim) if k != d and widths[k] != (0, 0)], t.why("padded"))
+            dims.append(np.pad(scoped, [widths[k] if k == d else (0, 0) for k in range(out.ndim)]))
+    is_zero = a["value"] in (None, 0)
+    zero = tuple(z and (is_zero or widths[d] == (0, 0)) for d, z in enumerate(tags.zero))
+    t.put(out, Tags(tuple(dims), zero, tags.statistics))
+
+
+def pass_through(t: Tracer, x: Tensor, out: Tensor, kept: Sequence[int], text: str, *, zero: bool = True) -> None:
+    """Dimensions in ``kept`` (same place in the result) carry on; labelled others stay."""
+    tags = t.tags(x)
+    dims: list[Label | None] = [None] * out.ndim
+    for d, label in enumerate(tags.dims):
+        if label is None:
+            continue
+        if d in kept:
+            loose = [k for k in range(x.ndim) if k not in kept or (d != k and x.shape[k] != out.shape[k])]
+            dims[d] = t.ledger.collapse(label, loose, t.why("the same for all positions"))
+        else:
+            t.freeze(label, text)
+    t.put(out, Tags(tuple(dims), tuple(zero and z for z in tags.zero), tags.statistics))
+
+
+@rule(
+    "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d",
+    "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
+    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d",
+    "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d",
+    "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
+    "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d",
+    "replication_pad3d", "mkldnn_max_pool2d",
+)  # fmt: skip
+def spatial(t: Tracer, a: Arguments, out: Any) -> None:
+    """Works on each channel by itself, over the dimensions behind it."""
+    x = a["self"] if "self" in a else a["input"]
+    spatial_dims = {"1d": 1, "2d": 2, "3d": 3}[next(k for k in ("1d", "2d", "3d") if k in t.op)]
+    kept = list(range(x.ndim - spatial_dims))
+    for result in tensors_in((out,)):
+        pass_through(t, x, result, kept, "pooled or resized along this dimension")
+
+
+@rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d", "cudnn_grid_sampler")
+def grid_sampler(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """Samples each channel at the same places."""
+    t.freeze_tensor(a["grid"], "coordinates stay")
+    pass_through(t, a["input"], out, [0, 1], "sampled along this dimension")
+
+
+@rule("triu", "tril")
+def triangle(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """Masks by position in the last two dimensions."""
+    pass_through(t, a["self"], out, list(range(out.ndim - 2)), "masked by position")
+
+
+@rule("im2col")
+def im2col(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """[.., C, H, W] -> [.., C * k, positions]: a channel's window goes with it."""
+    x = a["self"]
+    tags = t.tags(x)
+    channel = x.ndim - 3
+    label = tags.dims[channel]
+    pass_through(t, x, x.new_empty(x.shape), [channel], "unfolded along this dimension")
+    dims: list[Label | None] = [None] * out.ndim
+    if label is not None:
+        flat = t.ledger.collapse(label, [d for d in range(x.ndim) if d != channel], t.why("unfolded"))
+        window = out.shape[channel] // x.shape[channel]
+        shape = [1] * out.ndim
+        shape[channel] = -1
+        dims[channel] = np.repeat(flat.ravel(), window).reshape(shape)
+    t.put(out, Tags(tuple(dims), (True,) * out.ndim if tags.zero[channel] else (False,) * out.ndim))
+
+
+@rule("col2im")
+def col2im(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """[.., C * k, positions] -> [.., C, H, W]: the window of a channel ties."""
+    x = a["self"]
+    tags = t.tags(x)
+    channel = x.ndim - 2
+    label = tags.dims[channel]
+    dims: list[Label | None] = [None] * out.ndim
+    if label is not None:
+        why = t.why("folded")
+        flat = t.ledger.collapse(label, [d for d in range(x.ndim) if d != channel], why).ravel()
+        rows = flat.reshape(out.shape[channel], -1)
+        t.ledger.tie(rows, rows[:, :1], why)
+        shape = [1] * out.ndim
+        shape[channel] = -1
+        dims[channel] = rows[:, 0].reshape(shape)
+    for d, other in enumerate(tags.dims):
+        if d != channel:
+            t.freeze(other, "folded along this dimension")
+    t.put(out, Tags(tuple(dims), tuple(z and d == channel for d, z in enumerate((*tags.zero, False)[: out.ndim]))))
+
+
+@rule("unfold")
+def unfold(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """Sliding windows over one dimension."""
+    x = a["self"]
+    dim = a["dimension"] % x.ndim
+    tags = t.tags(x)
+    t.freeze(tags.dims[dim], "cut into windows")
+    dims: list[Label | None] = []
+    for d, label in enumerate(tags.dims):
+        keep = None if label is None or d == dim else t.ledger.collapse(label, [dim], t.why("cut into windows"))
+        dims.append(None if keep is None else keep[..., None])
+    t.put(out, Tags((*dims, None), (*tags.zero, False), tags.statistics))
+
+
+@rule("as_strided")
+def as_strided(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """Known only where it changes nothing."""
+    x = a["self"]
+    if x.shape == out.shape and x.stride() == out.stride():
+        t.put(out, t.tags(x))
+    else:
+        unknown(t, [x])
+
+
+@rule("diagonal")
+def diagonal(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """Two dimensions counted in step: both stay."""
+    x = a["self"]
+    gone = (a["dim1"] % x.ndim, a["dim2"] % x.ndim)
+    for d in gone:
+        t.freeze(t.tags(x).dims[d], "a diagonal is taken")
+    rest = [d for d in range(x.ndim) if d not in gone]
+    why = t.why("a diagonal is taken")
+    move_axes(t, x, out, lambda label: np.squeeze(t.ledger.collapse(label, gone, why), gone)[..., None], [*rest, None])
+
+

@@ -1,0 +1,191 @@
+"""Ties, freezes and ANDs -> classes of atoms, and which removable classes each atom depends on.
+
+``A = R AND C``: leaf A lives while its row R and its cell C live. Classes are closed under congruence:
+(R,C)=(R',C') => A=A'; A=A' and R=R' => C=C' (and symmetrically); R frozen => A=C; C frozen => A=R;
+A frozen => R and C frozen; equal row content => same R.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from lightning_prune.tracing.labels import FROZEN, Ints, Ledger
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The solved trace.
+
+    Args:
+        of: [n_atoms] class of every atom; 0 = frozen.
+        row: [n_classes] class of the row, for classes that are "row AND cell"; -1 for others.
+        cell: [n_classes] class of the cell, likewise.
+        is_row: [n_classes] True if the class is the row of something.
+        is_head: [n_classes] True for rows that are attention heads.
+        is_head_dim: [n_classes] True for cells of attention heads.
+    """
+
+    of: Ints
+    row: Ints
+    cell: Ints
+    is_row: np.ndarray
+    is_head: np.ndarray
+    is_head_dim: np.ndarray
+
+    def elements(self, classes: Ints) -> tuple[Ints, Ints]:
+        """Removable classes that each of ``classes`` depends on, as pairs (position, class)."""
+        position = np.flatnonzero(classes != FROZEN)
+        current = classes[position]
+        done_p: list[Ints] = []
+        done_c: list[Ints] = []
+        while len(current):
+            nested = self.row[current] >= 0
+            done_p.append(position[~nested])
+            done_c.append(current[~nested])
+            p, c = position[nested], current[nested]
+            position = np.concatenate([p, p])
+            current = np.concatenate([self.row[c], self.cell[c]])
+        if not done_p:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        return np.concatenate(done_p), np.concatenate(done_c)
+
+
+class _Union:
+    """Class of every atom, merged by batches of pairs."""
+
+    def __init__(self, count: int, left: Ints, right: Ints) -> None:
+        self.of = np.arange(count, dtype=np.int64)
+        self.merge(left, right)
+
+    def merge(self, left: Ints, right: Ints) -> None:
+        n = int(self.of.max()) + 1
+        graph = coo_array((np.ones(len(left), np.int8), (left, right)), shape=(n, n))
+        _, component = connected_components(graph, directed=False)
+        names = np.full(component.max() + 1, -1, np.int64)
+        names[component[FROZEN]] = FROZEN
+        rest = np.flatnonzero(names < 0)
+        names[rest] = np.arange(1, len(rest) + 1)
+        self.of = names[component][self.of]
+
+
+def solve(ledger: Ledger) -> Classes:
+    """Close all ties and freezes under congruence."""
+    left = np.concatenate([np.zeros(1, np.int64), *(a for a, _, _ in ledger.ties)])
+    right = np.concatenate([np.zeros(1, np.int64), *(b for _, b, _ in ledger.ties)])
+    union = _Union(ledger.count, left, right)
+    empty = np.zeros(0, np.int64)
+    ands = [np.concatenate([empty, *(part[k] for part in ledger.ands)]) for k in range(3)]
+    heads = np.concatenate([empty, *ledger.head_rows])
+    _close(union, ands)
+    while _freeze_rows(union, ands, heads):
+        _close(union, ands)
+    return _classes(ledger, union, ands, heads)
+
+
+def _close(union: _Union, ands: list[Ints]) -> None:
+    """Apply the congruence rules until nothing changes."""
+    while True:
+        row, cell, leaf = (union.of[part] for part in ands)
+        pairs = [
+            *_equal_where(row, cell, leaf),
+            *_equal_where(leaf, row, cell),
+            *_equal_where(leaf, cell, row),
+            (leaf[row == FROZEN], cell[row == FROZEN]),
+            (leaf[cell == FROZEN], row[cell == FROZEN]),
+            (row[leaf == FROZEN], leaf[leaf == FROZEN]),
+            (cell[leaf == FROZEN], leaf[leaf == FROZEN]),
+            *_degenerate(row, cell, leaf),
+            *_equal_rows(row, leaf),
+        ]
+        left = np.concatenate([a for a, _ in pairs])
+        right = np.concatenate([b for _, b in pairs])
+        real = left != right
+        if not real.any():
+            return
+        union.merge(left[real], right[real])
+
+
+def _equal_where(a: Ints, b: Ints, value: Ints) -> list[tuple[Ints, Ints]]:
+    """Values at equal pairs (a, b) are equal."""
+    if not len(a):
+        return []
+    key = a * (int(b.max()) + 1) + b
+    order = np.argsort(key, kind="stable")
+    same = key[order][1:] == key[order][:-1]
+    ordered = value[order]
+    return [(ordered[1:][same], ordered[:-1][same])]
+
+
+def _degenerate(row: Ints, cell: Ints, leaf: Ints) -> list[tuple[Ints, Ints]]:
+    """A leaf that is its own row or cell: all three are one."""
+    own = (leaf == row) | (leaf == cell) | (row == cell)
+    own &= (leaf != FROZEN) & (row != FROZEN) & (cell != FROZEN)
+    return [(leaf[own], row[own]), (leaf[own], cell[own])]
+
+
+def _equal_rows(row: Ints, leaf: Ints) -> list[tuple[Ints, Ints]]:
+    """Rows made of the same leaves are one row."""
+    live = (row != FROZEN) & (leaf != FROZEN)
+    if not live.any():
+        return []
+    pairs = np.unique(np.stack([row[live], leaf[live]]), axis=1)
+    weight = np.random.default_rng(0).integers(1, 2**62, int(pairs.max()) + 1)
+    rows, start = np.unique(pairs[0], return_index=True)
+    content = np.add.reduceat(weight[pairs[1]], start)
+    order = np.argsort(content, kind="stable")
+    same = content[order][1:] == content[order][:-1]
+    return [(rows[order][1:][same], rows[order][:-1][same])]
+
+
+def _freeze_rows(union: _Union, ands: list[Ints], heads: Ints) -> bool:
+    """Rows that are not heads stay whole, and so do rows of a leaf that is cut two ways."""
+    row, cell, leaf = (union.of[part] for part in ands)
+    live = row != FROZEN
+    is_head = np.zeros(int(union.of.max()) + 1, bool)
+    is_head[union.of[heads]] = True
+    bad = live & ~is_head[row]
+    pairs = np.unique(np.stack([leaf[live], row[live], cell[live]]), axis=1) if live.any() else np.zeros((3, 0), np.int64)
+    twice = pairs[0][1:][pairs[0][1:] == pairs[0][:-1]]
+    bad |= live & np.isin(leaf, twice)
+    targets = np.unique(row[bad])
+    if not len(targets):
+        return False
+    union.merge(targets, np.zeros(len(targets), np.int64))
+    return True
+
+
+def _classes(ledger: Ledger, union: _Union, ands: list[Ints], heads: Ints) -> Classes:
+    row, cell, leaf = (union.of[part] for part in ands)
+    count = int(union.of.max()) + 1
+    row_of, cell_of = np.full(count, -1, np.int64), np.full(count, -1, np.int64)
+    live = (row != FROZEN) & (cell != FROZEN) & (leaf != FROZEN) & (leaf != row) & (leaf != cell)
+    row_of[leaf[live]], cell_of[leaf[live]] = row[live], cell[live]
+    flags = [np.zeros(count, bool) for _ in range(3)]
+    flags[0][row[live]] = True
+    flags[1][union.of[heads]] = True
+    if ledger.head_cells:
+        flags[2][union.of[np.concatenate(ledger.head_cells)]] = True
+    for flag in flags:
+        flag[FROZEN] = False
+    _break_cycles(row_of, cell_of)
+    return Classes(union.of, row_of, cell_of, *flags)
+
+
+def _break_cycles(row: Ints, cell: Ints) -> None:
+    """A class that depends on itself through its rows or cells counts as removable by itself."""
+    current = np.flatnonzero(row >= 0)
+    reach = current.copy()
+    origin = current.copy()
+    for _ in range(8):
+        nested = row[reach] >= 0
+        origin = np.concatenate([origin[nested], origin[nested]])
+        reach = np.concatenate([row[reach[nested]], cell[reach[nested]]])
+        loops = np.unique(origin[reach == origin])
+        row[loops] = cell[loops] = -1
+        if not len(reach):
+            return
+    row[np.unique(origin)] = cell[np.unique(origin)] = -1

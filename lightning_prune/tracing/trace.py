@@ -1,0 +1,123 @@
+"""Trace a model: copy it, label it, run it once, hand over what was learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
+
+from lightning_prune.errors import PruneError, TraceError
+from lightning_prune.tracing import contraction, functional, indexing, movement, normalization, pointwise
+from lightning_prune.tracing.layers import replace_layers
+from lightning_prune.tracing.rules import FUNCTIONS, follow
+from lightning_prune.tracing.tracer import (
+    Functions,
+    Operations,
+    Tracer,
+    call,
+    copy_for_tracing,
+    follow_modules,
+    label_tensors,
+    output_tensors,
+    track_attributes,
+)
+
+RULE_FILES = (contraction, functional, indexing, movement, normalization, pointwise)
+
+
+def trace(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    forward_fn: Callable[..., Any] | None = None,
+    output_transform: Callable[..., Any] | None = None,
+    custom: Any = None,
+    prepare: Callable[[Tracer, nn.Module], None] | None = None,
+) -> Tracer:
+    """Run a copy of ``model`` once in eval mode and follow its channels.
+
+    Args:
+        model: Any module; it is not touched.
+        example_inputs: A tensor, a tuple of positional or a dict of keyword arguments.
+        forward_fn: ``f(model, example_inputs)`` that replaces the call.
+        output_transform: Picks the tensors of the output that count as outputs.
+        custom: ``{type or name: rule}`` for modules that are followed by a rule of the user's.
+        prepare: Called with the tracer and the labelled copy before it runs.
+
+    Raises:
+        TraceError: If the model has lazy parameters, cannot be copied, or fails on the inputs.
+    """
+    refuse_lazy(model)
+    twin = copy_for_tracing(model)
+    tracer = Tracer()
+    label_tensors(tracer, twin)
+    replace_layers(tracer, twin, custom)
+    track_attributes(tracer, twin)
+    follow_modules(tracer, twin)
+    if prepare is not None:
+        prepare(tracer, twin)
+    with undisturbed():
+        outputs = _run(tracer, twin, example_inputs, forward_fn)
+        picked = outputs if output_transform is None else output_transform(outputs)
+    tracer.begin("output")
+    tracer.modules = [""]
+    for tensor in output_tensors(picked):
+        tracer.freeze_tensor(tensor, "an output of the model")
+    _settle_parameters(tracer)
+    return tracer
+
+
+def refuse_lazy(model: nn.Module) -> None:
+    """Lazy parameters have no shape yet."""
+    for name, p in [*model.named_parameters(), *model.named_buffers()]:
+        if isinstance(p, UninitializedTensorMixin):
+            raise TraceError(
+                f"{name} is a lazy parameter without a shape. Run the model once on example inputs before pruning it."
+            )
+
+
+def _run(tracer: Tracer, twin: nn.Module, example_inputs: Any, forward_fn: Callable[..., Any] | None) -> Any:
+    try:
+        with torch.no_grad(), Operations(tracer, follow), Functions(tracer, FUNCTIONS):
+            return call(twin, example_inputs, forward_fn)
+    except PruneError:
+        raise
+    except Exception as error:
+        raise TraceError(
+            f"The model was to be run once on the example inputs, but {tracer.modules[-1] or 'it'} failed in "
+            f"{tracer.op or 'its forward'} with {type(error).__name__}: {error}. "
+            "Check that model.eval()(example_inputs) runs; pass forward_fn for an unusual call."
+        ) from error
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """RNG state, grad mode, autocast and the attention fast path are given back as they were."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.random.fork_rng(devices=devices), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def _settle_parameters(tracer: Tracer) -> None:
+    """Parameters that were never used stay; ragged columns that were also read whole are cut alike."""
+    for name, dims in tracer.leaves.items():
+        if name not in tracer.touched and name not in tracer.ragged:
+            tracer.op, tracer._site = name, None
+            for label in dims:
+                tracer.freeze(label, "never used while tracing")
+    for name in tracer.whole & set(tracer.ragged):
+        column = tracer.leaves[name][1]
+        if column is not None:
+            tracer.ledger.tie(tracer.ragged[name], column.reshape(1, -1), tracer.why("also read as a whole"))
+
+
+_ = Tensor
