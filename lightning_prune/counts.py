@@ -80,6 +80,7 @@ class Wish:
         pool: [n_blocks] blocks with equal values may make up for one another.
         group: [n_blocks] group of the block.
         least: Group -> units of it that the component must keep.
+        slack: Pool -> units that other blocks can stay for it, and can go for it, at no loss.
         round_to: The positions of ``rounded`` rows shall be a multiple of it, >= 1.
         rounded: [n_rows] rows that ``round_to`` applies to.
     """
@@ -88,6 +89,7 @@ class Wish:
     pool: Ints
     group: Ints
     least: dict[int, int]
+    slack: dict[int, tuple[int, int]]
     round_to: int
     rounded: Bools
 
@@ -243,8 +245,8 @@ def _whole(line: dict[int, tuple[Fraction, Fraction]], most: int) -> Ints:
 def solve(part: Component, wish: Wish, listed: Ints | None) -> Ints | None:
     """Choose the counts of a component: nearest to the wish, then rounded.
 
-    Nearest means, in this order: the least deviation of the pools' sums, the least deviation of the
-    blocks, the most units kept.
+    Nearest means, in this order: the least deviation of the pools' sums beyond what other blocks can make
+    up for, the least deviation of the blocks, the most units kept.
 
     Args:
         part: The component.
@@ -271,7 +273,9 @@ def _nearest(counts: Ints, wish: Wish) -> int:
     away = np.zeros(len(counts), np.int64)
     for pool in np.unique(wish.pool):
         mine = wish.pool == pool
-        away += np.abs(counts[:, mine].sum(axis=1) - wish.counts[mine].sum())
+        off = counts[:, mine].sum(axis=1) - wish.counts[mine].sum()
+        stay, go = wish.slack.get(int(pool), (0, 0))
+        away += np.maximum(0, off - go) + np.maximum(0, -off - stay)
     spread = np.square(counts - wish.counts).sum(axis=1)
     return int(np.lexsort((-counts.sum(axis=1), spread, away))[0])
 
@@ -297,7 +301,7 @@ def _programme(part: Component, wish: Wish) -> Ints | None:
     free = _integers(part, wish, part.size, rounded=False)
     if free is None or not wish.rounded.any():
         return free
-    near = replace(wish, counts=free)
+    near = replace(wish, counts=free, slack={})
     below = _integers(part, near, free, rounded=True)
     if below is not None:
         return below
@@ -343,14 +347,15 @@ def _constraints(part: Component, wish: Wish, pool: Ints, grid: Ints, rows: Ints
     least = csr_array(np.array([wish.group == g for g in wish.least], float).reshape(-1, len(pool)))
     step = wish.round_to * _indicator(np.arange(len(rows)))
     asked, asked_sum, still = wish.counts, sums @ wish.counts, -part.fixed[rows]
+    stay, go = np.array([wish.slack.get(int(p), (0, 0)) for p in np.unique(wish.pool)]).T
     level = -(part.scale * part.fixed + part.offset)
     lines: list[tuple[list[Any], Any, Any]] = [
         ([csr_array(kept.multiply(part.scale[:, None])), None, None, -value, None], level, level),
         ([kept, None, None, None, None], 1 - part.fixed, np.inf),
         ([own, own, None, None, None], asked, np.inf),
         ([own, -own, None, None, None], -np.inf, asked),
-        ([sums, None, each, None, None], asked_sum, np.inf),
-        ([sums, None, -each, None, None], -np.inf, asked_sum),
+        ([sums, None, each, None, None], asked_sum - stay, np.inf),
+        ([sums, None, -each, None, None], -np.inf, asked_sum + go),
         ([least, None, None, None, None], np.array(list(wish.least.values()), float), np.inf),
         ([kept[rows], None, None, None, -step], still, still),
     ]

@@ -1,7 +1,7 @@
 """Scores, ratios and grids -> which units stay: counts first, then the best units of each block.
 
 Heads are decided before everything else, because a head that goes takes its rows out of the comparison.
-Within a phase each pool ranks its units, which gives a wish per block (``ranking.py``); components of
+Within a phase each pool ranks its units, which gives a wish per block (``phase.py``); components of
 blocks bound by grids are then solved one after another for counts near the wish (``counts.py``), each
 passing on to the rest of its pools what it removed too much or too little. Units without a grid come last.
 """
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from lightning_prune.demand import Case, Demand, Pool, flatten, removals
 from lightning_prune.groups import Grid, Group
-from lightning_prune.ranking import KEPT, Phase, Progress, StuckError
+from lightning_prune.phase import KEPT, Phase, Progress, StuckError
 
 __all__ = ["Demand", "Pool", "Selection", "removals", "select", "violations"]
 
