@@ -3,61 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+from nets import Case, Net, draw, image, param
 from torch import Tensor, nn
-
-from nets import Case, Net, conv, draw, image, param
-from oracle import Masks, SurvivorLayerNorm, register_survivor
+from torch.nn import functional
 
 DIM, HEADS, TOKENS = 8, 2, 5
-
-
-class RMSNorm(nn.Module):
-    """Root mean square norm as language models write it."""
-
-    def __init__(self, dim: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
-
-
-def _survivor_rms(norm: nn.Module, masks: Masks) -> nn.Module:
-    assert isinstance(norm, RMSNorm)
-    return SurvivorLayerNorm(norm, masks[0], eps=norm.eps, centred=False)
-
-
-register_survivor(RMSNorm, _survivor_rms)
-
-
-class StandardConv(nn.Conv2d):
-    """Convolution with weight standardisation, statistics over a filter's inputs."""
-
-    keep: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        w = self.weight
-        if self.keep is None:
-            mean, var = w.mean((1, 2, 3), keepdim=True), w.var((1, 2, 3), keepdim=True, unbiased=False)
-            w = (w - mean) / torch.sqrt(var + 1e-5)
-        else:
-            keep = self.keep.double().view(1, -1, 1, 1).expand_as(w)
-            n = keep.sum((1, 2, 3), keepdim=True)
-            mean = (w * keep).sum((1, 2, 3), keepdim=True) / n
-            var = ((w - mean).square() * keep).sum((1, 2, 3), keepdim=True) / n
-            w = (w - mean) / torch.sqrt(var + 1e-5) * keep
-        return F.conv2d(x, w, self.bias, self.stride, self.padding)
-
-
-def _survivor_standard(layer: nn.Module, masks: Masks) -> nn.Module:
-    assert isinstance(layer, StandardConv)
-    layer.keep = masks.get(1)
-    return layer
-
-
-register_survivor(StandardConv, _survivor_standard)
 
 
 class Separate(nn.Module):
@@ -73,8 +23,11 @@ class Separate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, n, c = x.shape
         if self.style == "reshape_c":
-            q, k, v = (f(x).reshape(b, n, self.heads, c // self.heads).transpose(1, 2) for f in (self.q, self.k, self.v))
-            out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c)
+            q, k, v = (
+                f(x).reshape(b, n, self.heads, c // self.heads).transpose(1, 2)
+                for f in (self.q, self.k, self.v)
+            )
+            out = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c)
         elif self.style == "einsum":
             q, k, v = (f(x).view(b, n, self.heads, self.head_dim) for f in (self.q, self.k, self.v))
             att = torch.einsum("bihd,bjhd->bhij", q, k).mul(self.scale).softmax(-1)
@@ -86,7 +39,7 @@ class Separate(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.style == "sdpa":
-            return F.scaled_dot_product_attention(q, k, v)
+            return functional.scaled_dot_product_attention(q, k, v)
         scale = q.shape[-1] ** -0.5 if self.style == "live_scale" else self.scale
         return (q @ k.transpose(-2, -1) * scale).softmax(-1) @ v
 
@@ -104,7 +57,9 @@ class Fused(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, n, c = x.shape
         if self.style in ("unbind", "matmul"):
-            q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+            q, k, v = (
+                self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+            )
         elif self.style == "index":
             qkv = self.qkv(x).view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
             q, k, v = qkv[0], qkv[1], qkv[2]
@@ -114,7 +69,7 @@ class Fused(nn.Module):
         if self.style == "matmul":
             out = ((q * self.scale) @ k.mT).softmax(-1) @ v
         else:
-            out = F.scaled_dot_product_attention(q, k, v)
+            out = functional.scaled_dot_product_attention(q, k, v)
         return self.proj(out.transpose(1, 2).reshape(b, n, -1))
 
 
@@ -147,10 +102,10 @@ class Vit(nn.Module):
         x = self.embed(x)
         if self.post:
             x = self.n1(x + self.att(x))
-            x = self.n2(x + self.f2(F.gelu(self.f1(x))))
+            x = self.n2(x + self.f2(functional.gelu(self.f1(x))))
         else:
             x = x + self.att(self.n1(x))
-            x = x + self.f2(F.gelu(self.f1(self.n2(x))))
+            x = x + self.f2(functional.gelu(self.f1(self.n2(x))))
         return self.fc(x.mean(1))
 
 
@@ -173,99 +128,9 @@ class Patches(nn.Module):
         return self.fc(x[:, 0])
 
 
-class Llama(nn.Module):
-    """Tied embedding, one block of grouped-query attention with rotary positions, SwiGLU, RMS norms."""
-
-    def __init__(self, vocabulary: int = 11, dim: int = DIM, heads: int = 4, kv_heads: int = 2, head_dim: int = 4) -> None:
-        super().__init__()
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.embed = nn.Embedding(vocabulary, dim)
-        self.n1, self.n2, self.n3 = RMSNorm(dim), RMSNorm(dim), RMSNorm(dim)
-        self.q = nn.Linear(dim, heads * head_dim, bias=False)
-        self.k = nn.Linear(dim, kv_heads * head_dim, bias=False)
-        self.v = nn.Linear(dim, kv_heads * head_dim, bias=False)
-        self.o = nn.Linear(heads * head_dim, dim, bias=False)
-        self.gate, self.up, self.down = (nn.Linear(*s, bias=False) for s in ((dim, 12), (dim, 12), (12, dim)))
-        self.head = nn.Linear(dim, vocabulary, bias=False)
-        self.head.weight = self.embed.weight
-        self.register_buffer("inv_freq", 1.0 / (100.0 ** (torch.arange(0, head_dim, 2).float() / head_dim)))
-
-    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        a, b = x.chunk(2, dim=-1)
-        return x * cos + torch.cat((-b, a), dim=-1) * sin
-
-    def _repeat(self, x: Tensor) -> Tensor:
-        b, h, n, d = x.shape
-        times = self.heads // self.kv_heads
-        return x[:, :, None].expand(b, h, times, n, d).reshape(b, h * times, n, d)
-
-    def _attend(self, x: Tensor) -> Tensor:
-        b, n, _ = x.shape
-        q = self.q(x).view(b, n, self.heads, self.head_dim).transpose(1, 2)
-        k = self.k(x).view(b, n, self.kv_heads, self.head_dim).transpose(1, 2)
-        v = self.v(x).view(b, n, self.kv_heads, self.head_dim).transpose(1, 2)
-        angle = torch.arange(n, device=x.device).to(self.inv_freq)[:, None] * self.inv_freq[None]  # [n, d / 2]
-        angle = torch.cat((angle, angle), dim=-1)
-        cos, sin = angle.cos(), angle.sin()
-        q, k = self._rotate(q, cos, sin), self._rotate(k, cos, sin)
-        y = F.scaled_dot_product_attention(q, self._repeat(k), self._repeat(v), is_causal=True)
-        out: Tensor = self.o(y.transpose(1, 2).reshape(b, n, -1))
-        return out
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        x = x + self._attend(self.n1(x))
-        y = self.n2(x)
-        x = x + self.down(F.silu(self.gate(y)) * self.up(y))
-        out: Tensor = self.head(self.n3(x))
-        return out
-
-
-class ConvNext(nn.Module):
-    """Channels-last block: depthwise convolution, LayerNorm, MLP, layer scale, residual."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = conv(3, DIM)
-        self.dw = conv(DIM, DIM, groups=DIM)
-        self.norm = nn.LayerNorm(DIM)
-        self.f1, self.f2 = nn.Linear(DIM, 12), nn.Linear(12, DIM)
-        self.gamma = param(DIM)
-        self.fc = nn.Linear(DIM, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        y = self.norm(self.dw(x).permute(0, 2, 3, 1))
-        y = self.gamma * self.f2(F.gelu(self.f1(y)))
-        return self.fc((x + y.permute(0, 3, 1, 2)).mean((-2, -1)))
-
-
 def _encoder(norm_first: bool) -> nn.Module:
     layer = nn.TransformerEncoderLayer(DIM, HEADS, 12, batch_first=True, norm_first=norm_first)
     return nn.Sequential(nn.Linear(6, DIM), layer, nn.Linear(DIM, 3))
-
-
-def _tied() -> nn.Module:
-    net = Net(
-        lambda m, ids: m.head(m.f2(m.f1(m.embed(ids)).tanh())), embed=nn.Embedding(11, DIM), f1=nn.Linear(DIM, 12),
-        f2=nn.Linear(12, DIM), head=nn.Linear(DIM, 11, bias=False),
-    )  # fmt: skip
-    net.head.weight = net.embed.weight
-    return net
-
-
-def _glu(kind: str) -> nn.Module:
-    def run(m: Net, x: Tensor) -> Tensor:
-        x = m.f1(x)
-        if kind == "chunk":
-            a, b = x.chunk(2, dim=-1)
-            x = a * b.sigmoid()
-        else:
-            x = F.glu(x)
-        out: Tensor = m.f2(x)
-        return out
-
-    return Net(run, f1=nn.Linear(6, 16), f2=nn.Linear(8, 4))
 
 
 def tokens() -> Tensor:
@@ -273,37 +138,46 @@ def tokens() -> Tensor:
     return draw(2, TOKENS, 6)
 
 
-def ids() -> Tensor:
-    """Draw token ids, [2, TOKENS]."""
-    return torch.tensor([[1, 4, 2, 9, 7], [3, 3, 0, 10, 5]])
-
-
 STREAM = (
-    "embed.weight:0=4 embed.bias:0=4 n1.weight:0=4 n1.bias:0=4 n2.weight:0=4 n2.bias:0=4 f1.weight:1=4 f2.weight:0=4 f2.bias:0=4"
+    "embed.weight:0=4 embed.bias:0=4 n1.weight:0=4 n1.bias:0=4 n2.weight:0=4 n2.bias:0=4"
+    " f1.weight:1=4 f2.weight:0=4 f2.bias:0=4"
     " fc.weight:1=4 f1.weight:0=6 f1.bias:0=6 f2.weight:1=6"
 )
 QKV = " ".join(f"att.{x}.weight:1=4 att.{x}.weight:0=4 att.{x}.bias:0=4" for x in "qkv")
 PROJ = "att.proj.weight:0=4 att.proj.weight:1=4 att.proj.bias:0=4"
 FUSED = "att.qkv.weight:1=4 att.qkv.weight:0=12 att.qkv.bias:0=12"
-MHA = "in_proj_weight:1=4 in_proj_weight:0=12 in_proj_bias:0=12 out_proj.weight:0=4 out_proj.weight:1=4 out_proj.bias:0=4"
+MHA = (
+    "in_proj_weight:1=4 in_proj_weight:0=12 in_proj_bias:0=12 out_proj.weight:0=4"
+    " out_proj.weight:1=4 out_proj.bias:0=4"
+)
 TAIL = "fc.weight:0 fc.bias:0 embed.weight:1"
 MLP_GROUP = "f1.weight:0 f1.bias:0 f2.weight:1"
-STREAM_GROUP = "embed.weight:0 embed.bias:0 n1.weight:0 n1.bias:0 n2.weight:0 n2.bias:0 f1.weight:1 f2.weight:0 f2.bias:0 fc.weight:1"
+STREAM_GROUP = (
+    "embed.weight:0 embed.bias:0 n1.weight:0 n1.bias:0 n2.weight:0 n2.bias:0 f1.weight:1"
+    " f2.weight:0 f2.bias:0 fc.weight:1"
+)
 SEPARATE_GROUPS = (
-    f"{STREAM_GROUP} att.q.weight:1 att.k.weight:1 att.v.weight:1 att.proj.weight:0 att.proj.bias:0", MLP_GROUP,
-    "att.q.weight:0 att.q.bias:0 att.k.weight:0 att.k.bias:0", "att.v.weight:0 att.v.bias:0 att.proj.weight:1",
-)  # fmt: skip
+    f"{STREAM_GROUP} att.q.weight:1 att.k.weight:1 att.v.weight:1 att.proj.weight:0 att.proj.bias:0",
+    MLP_GROUP,
+    "att.q.weight:0 att.q.bias:0 att.k.weight:0 att.k.bias:0",
+    "att.v.weight:0 att.v.bias:0 att.proj.weight:1",
+)
 
 
 def _of(prefix: str, text: str) -> str:
     return " ".join(f"{prefix}.{item}" for item in text.split())
 
 
-# fmt: off
 ATTENTION_CASES: list[Case] = [
     *(
-        Case(f"separate_{s}", lambda s=s: Vit(Separate(style=s)), tokens, f"{STREAM} {QKV} {PROJ}", TAIL,
-             SEPARATE_GROUPS if s in ("sdpa", "matmul") else None)
+        Case(
+            f"separate_{s}",
+            lambda s=s: Vit(Separate(style=s)),
+            tokens,
+            f"{STREAM} {QKV} {PROJ}",
+            TAIL,
+            SEPARATE_GROUPS if s in ("sdpa", "matmul") else None,
+        )
         for s in ("sdpa", "matmul", "einsum", "reshape_c")
     ),
     Case("separate_live_scale", lambda: Vit(Separate(style="live_scale")), tokens, STREAM, TAIL, whole=False),
@@ -313,12 +187,22 @@ ATTENTION_CASES: list[Case] = [
     ),
     Case("post_norm", lambda: Vit(Separate(), post=True), tokens, f"{STREAM} {QKV} {PROJ}", TAIL),
     Case("multihead_attention", lambda: Vit(Torch()), tokens, f"{STREAM} {_of('att.mha', MHA)}", TAIL),
-    Case("multihead_attention_weights", lambda: Vit(Torch(need_weights=True)), tokens, f"{STREAM} {_of('att.mha', MHA)}", TAIL),
+    Case(
+        "multihead_attention_weights",
+        lambda: Vit(Torch(need_weights=True)),
+        tokens,
+        f"{STREAM} {_of('att.mha', MHA)}",
+        TAIL,
+    ),
     *(
         Case(
-            f"encoder_layer_{'pre' if first else 'post'}", lambda first=first: _encoder(first), tokens,
-            f"0.weight:0=4 0.bias:0=4 {_of('1.self_attn', MHA)} 1.linear1.weight:1=4 1.linear1.weight:0=6 1.linear1.bias:0=6"
-            " 1.linear2.weight:1=6 1.linear2.weight:0=4 1.linear2.bias:0=4 1.norm1.weight:0=4 1.norm1.bias:0=4 1.norm2.weight:0=4"
+            f"encoder_layer_{'pre' if first else 'post'}",
+            lambda first=first: _encoder(first),
+            tokens,
+            f"0.weight:0=4 0.bias:0=4 {_of('1.self_attn', MHA)} 1.linear1.weight:1=4"
+            f" 1.linear1.weight:0=6 1.linear1.bias:0=6"
+            " 1.linear2.weight:1=6 1.linear2.weight:0=4 1.linear2.bias:0=4 1.norm1.weight:0=4"
+            " 1.norm1.bias:0=4 1.norm2.weight:0=4"
             " 1.norm2.bias:0=4 2.weight:1=4",
             "2.weight:0 2.bias:0 0.weight:1",
         )
@@ -327,51 +211,23 @@ ATTENTION_CASES: list[Case] = [
     Case(
         "cross_attention",
         lambda: Net(
-            lambda m, x, y: m.fc(m.mha(m.pre(x), m.mem(y), m.mem(y))[0]), pre=nn.Linear(6, DIM), mem=nn.Linear(5, 6), fc=nn.Linear(DIM, 3),
+            lambda m, x, y: m.fc(m.mha(m.pre(x), m.mem(y), m.mem(y))[0]),
+            pre=nn.Linear(6, DIM),
+            mem=nn.Linear(5, 6),
+            fc=nn.Linear(DIM, 3),
             mha=nn.MultiheadAttention(DIM, HEADS, kdim=6, vdim=6, batch_first=True),
         ),
-        lambda: (tokens(), draw(2, 4, 5)), "", "fc.weight:0 fc.bias:0", whole=False,
+        lambda: (tokens(), draw(2, 4, 5)),
+        "",
+        "fc.weight:0 fc.bias:0",
+        whole=False,
     ),
     Case(
-        "vit_from_pixels", Patches, image,
+        "vit_from_pixels",
+        Patches,
+        image,
         "patch.weight:0=4 patch.bias:0=4 cls:2=4 pos:2=4 norm.weight:0=4 norm.bias:0=4 fc.weight:1=4"
-        f" {FUSED} {PROJ}", "fc.weight:0 fc.bias:0 patch.weight:1 pos:1",
-    ),
-    Case(
-        "llama_block", Llama, ids,
-        "embed.weight:1=4 n1.weight:0=4 n2.weight:0=4 n3.weight:0=4 q.weight:1=4 k.weight:1=4 v.weight:1=4 o.weight:0=4 gate.weight:1=4"
-        " up.weight:1=4 down.weight:0=4 gate.weight:0=6 up.weight:0=6 down.weight:1=6 q.weight:0=8 k.weight:0=4 v.weight:0=4"
-        " o.weight:1=8", "embed.weight:0",
-    ),
-    Case(
-        "convnext_block", ConvNext, image,
-        "stem.weight:0=4 stem.bias:0=4 dw.weight:0=4 dw.bias:0=4 norm.weight:0=4 norm.bias:0=4 f1.weight:1=4 f1.weight:0=6 f1.bias:0=6"
-        " f2.weight:1=6 f2.weight:0=4 f2.bias:0=4 gamma:0=4 fc.weight:1=4", "fc.weight:0 fc.bias:0",
-        (
-            "stem.weight:0 stem.bias:0 dw.weight:0 dw.bias:0 norm.weight:0 norm.bias:0 f1.weight:1 f2.weight:0 f2.bias:0 gamma:0 fc.weight:1",
-            MLP_GROUP,
-        ),
-    ),
-    Case(
-        "weight_standardised", lambda: nn.Sequential(StandardConv(3, 8, 3), nn.ReLU(), StandardConv(8, 4, 3)), image,
-        "0.weight:0=4 0.bias:0=4 2.weight:1=4", "2.weight:0 0.weight:1",
-    ),
-    *(
-        Case(
-            f"glu_{kind}", lambda kind=kind: _glu(kind), lambda: draw(4, 6), "f1.weight:0=8 f1.bias:0=8 f2.weight:1=4", "f2.weight:0",
-            (MLP_GROUP,),
-        )
-        for kind in ("chunk", "functional")
-    ),
-    Case(
-        "swiglu",
-        lambda: Net(lambda m, x: m.down(F.silu(m.gate(x)) * m.up(x)), gate=nn.Linear(6, 8), up=nn.Linear(6, 8), down=nn.Linear(8, 4)),
-        lambda: draw(4, 6), "gate.weight:0=4 gate.bias:0=4 up.weight:0=4 up.bias:0=4 down.weight:1=4", "down.weight:0",
-        ("gate.weight:0 gate.bias:0 up.weight:0 up.bias:0 down.weight:1",),
-    ),
-    Case(
-        "tied_embedding", _tied, ids, "embed.weight:1=4 f1.weight:1=4 f2.weight:0=4 f2.bias:0=4 f1.weight:0=6 f1.bias:0=6 f2.weight:1=6",
-        "embed.weight:0", ("embed.weight:1 f1.weight:1 f2.weight:0 f2.bias:0", MLP_GROUP),
+        f" {FUSED} {PROJ}",
+        "fc.weight:0 fc.bias:0 patch.weight:1 pos:1",
     ),
 ]
-# fmt: on

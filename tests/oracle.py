@@ -24,7 +24,7 @@ Survivor = Callable[[nn.Module, Masks], nn.Module]
 Survivors = Mapping[str, Mapping[int, tuple[str, int]]]
 
 
-# --- survivor-aware normalisations -------------------------------------------------------------------
+# --- survivor-aware normalisations ---
 
 
 def _outer(masks: Masks, shape: tuple[int, ...]) -> Tensor:
@@ -110,7 +110,7 @@ def register_survivor(kind: type[nn.Module], make: Survivor) -> None:
     SURVIVORS[kind] = make
 
 
-# --- masks from a plan ---------------------------------------------------------------------------------
+# --- masks from a plan ---
 
 
 def _cuts_of(plan: Plan) -> dict[str, list[Cut]]:
@@ -122,7 +122,9 @@ def _cuts_of(plan: Plan) -> dict[str, list[Cut]]:
 
 def _kept_mask(cut: Cut, shape: torch.Size) -> Tensor:
     """Where ``cut`` keeps a tensor of ``shape``: bool, broadcastable to it."""
-    assert cut.size == shape[cut.dim], f"{cut.tensor} dim {cut.dim}: the plan says {cut.size}, it is {shape[cut.dim]}"
+    assert cut.size == shape[cut.dim], (
+        f"{cut.tensor} dim {cut.dim}: the plan says {cut.size}, it is {shape[cut.dim]}"
+    )
     lists = torch.tensor(cut.keep, dtype=torch.long).reshape(cut.rows, -1)
     rows = torch.zeros(cut.rows, cut.size, dtype=torch.bool)
     rows.scatter_(1, lists, torch.ones_like(lists, dtype=torch.bool))
@@ -137,12 +139,15 @@ def _kept_mask(cut: Cut, shape: torch.Size) -> Tensor:
 
 
 def slice_by(tensor: Tensor, cuts: list[Cut]) -> Tensor:
-    """Cut a tensor as the plan says, with plain indexing: blocks of their own first, then whole dimensions."""
+    """Cut a tensor as the plan says, plainly: blocks of their own first, then whole dimensions."""
     for cut in sorted(cuts, key=lambda c: c.rows == 1):
         lists = [cut.keep[i * cut.kept : (i + 1) * cut.kept] for i in range(cut.rows)]
         blocks = tensor.chunk(cut.rows, 0) if cut.rows > 1 else [tensor]
         assert len(blocks) == cut.rows
-        parts = [b.index_select(cut.dim, torch.tensor(k, dtype=torch.long)) for b, k in zip(blocks, lists, strict=True)]
+        parts = [
+            b.index_select(cut.dim, torch.tensor(k, dtype=torch.long))
+            for b, k in zip(blocks, lists, strict=True)
+        ]
         tensor = torch.cat(parts, 0) if cut.rows > 1 else parts[0]
     return tensor
 
@@ -170,7 +175,7 @@ def masked_twin(dense: nn.Module, plan: Plan, survivors: Survivors | None = None
     Args:
         dense: The model before pruning; it is not touched.
         plan: What is kept.
-        survivors: For norms without a ``weight``: ``{module: {dim of its shape: (tensor, dim of tensor)}}``, the
+        survivors: For norms without ``weight``: ``{module: {dim of its shape: (tensor, dim of tensor)}}``, the
             cut whose kept positions are those that the statistics see.
     """
     twin = copy.deepcopy(dense).double().eval()
@@ -219,7 +224,7 @@ def _mask_at(table: dict[str, list[Cut]], tensor: str, dim: int) -> Tensor | Non
     return None
 
 
-# --- running and comparing --------------------------------------------------------------------------------
+# --- running and comparing ---
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -304,12 +309,16 @@ def assert_sliced(dense: nn.Module, pruned: nn.Module, plan: Plan) -> None:
             want = slice_by(tensor.detach(), table.get(name, []))
             got = after[name].detach()
             assert got.dtype == want.dtype, f"{name}: dtype {want.dtype} became {got.dtype}"
-            assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, the plan says {tuple(want.shape)}"
-            assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0)), f"{name}: kept values moved or changed"
+            assert got.shape == want.shape, (
+                f"{name}: shape {tuple(got.shape)}, the plan says {tuple(want.shape)}"
+            )
+            assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0)), (
+                f"{name}: kept values moved or changed"
+            )
 
 
 def assert_same_objects(before: list[tuple[str, nn.Parameter]], model: nn.Module) -> None:
-    """Parameters are the same Python objects under the same names as in ``list(model.named_parameters())``."""
+    """Parameters are the very objects that ``list(model.named_parameters())`` gave before."""
     after = list(model.named_parameters())
     assert [n for n, _ in before] == [n for n, _ in after]
     for (name, old), (_, new) in zip(before, after, strict=True):

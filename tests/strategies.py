@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
-from torch import Tensor, nn
-
 from nets import randomise
 from nets_attention import Fused
 from nets_conv import shuffle
+from torch import Tensor, nn
 
 SIDE = 4
 GRIDDED = frozenset({"grouped", "shuffle", "chunk", "attention", "group_norm", "multiplier"})
@@ -41,7 +40,7 @@ class Spec:
 
     @property
     def gridded(self) -> bool:
-        """Whether some op binds rows to equal counts, so that group counts may differ from the plain ratio."""
+        """Whether some op binds rows to equal counts, so that counts may differ from the plain ratio."""
         return any(s.op in GRIDDED for s in self.steps)
 
     def build(self, seed: int) -> RandomNet:
@@ -62,7 +61,9 @@ def _part(step: Step, widths: list[int]) -> nn.Module:
         "group_norm": lambda: nn.GroupNorm(2, c_in),
         "layer_norm": lambda: nn.LayerNorm(c_in),
         "prelu": lambda: nn.PReLU(c_in),
-        "gate": lambda: nn.Sequential(nn.Linear(c_in, c_out), nn.SiLU(), nn.Linear(c_out, c_in), nn.Sigmoid()),
+        "gate": lambda: nn.Sequential(
+            nn.Linear(c_in, c_out), nn.SiLU(), nn.Linear(c_out, c_in), nn.Sigmoid()
+        ),
         "attention": lambda: Fused(c_in, 2, "unbind"),
     }
     return makers[step.op]() if step.op in makers else nn.Identity()
@@ -98,8 +99,8 @@ class RandomNet(nn.Module):
 def _run(step: Step, part: nn.Module, ins: list[Tensor]) -> Tensor:
     x = ins[0]
     moves = {
-        "tanh": lambda: x.tanh(),
-        "sigmoid": lambda: x.sigmoid(),
+        "tanh": x.tanh,
+        "sigmoid": x.sigmoid,
         "add": lambda: x + ins[1],
         "mul": lambda: x * ins[1],
         "cat": lambda: torch.cat(ins, 1),
@@ -117,9 +118,19 @@ def _run(step: Step, part: nn.Module, ins: list[Tensor]) -> Tensor:
 
 LAYERS = ("conv", "conv", "pointwise", "grouped", "transposed")
 SAME = (
-    "depthwise", "batch_norm", "group_norm", "layer_norm", "prelu", "gate", "attention", "tanh", "sigmoid", "shuffle", "flip",
+    "depthwise",
+    "batch_norm",
+    "group_norm",
+    "layer_norm",
+    "prelu",
+    "gate",
+    "attention",
+    "tanh",
+    "sigmoid",
+    "shuffle",
+    "flip",
     "roll",
-)  # fmt: skip
+)
 
 
 @st.composite

@@ -9,15 +9,25 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-
-from lightning_prune import GroupNormPruner, Plan, apply
 from nets import Case, case_ids, dim_of
 from nets_attention import ATTENTION_CASES
 from nets_conv import CONV_CASES
-from oracle import assert_exact, assert_same_objects, masked_twin, relative_error, run_double, without_fast_path
+from nets_language import LANGUAGE_CASES
+from nets_other import OTHER_CASES
+from oracle import (
+    assert_exact,
+    assert_same_objects,
+    masked_twin,
+    relative_error,
+    run_double,
+    without_fast_path,
+)
+from torch import nn
 
-CASES = CONV_CASES + ATTENTION_CASES
+from lightning_prune import GroupNormPruner, Plan, apply
+
+CASES = CONV_CASES + OTHER_CASES + ATTENTION_CASES + LANGUAGE_CASES
+WITH_HEADS = ATTENTION_CASES + [c for c in LANGUAGE_CASES if c.name == "llama_block"]
 CUTTING = [c for c in CASES if not c.idle]
 
 
@@ -73,7 +83,7 @@ def test_global_ranking_is_exact(case: Case) -> None:
     assert_exact(dense, model, plan, inputs, survivors=case.survivors)
 
 
-@pytest.mark.parametrize("case", ATTENTION_CASES, ids=case_ids(ATTENTION_CASES))
+@pytest.mark.parametrize("case", WITH_HEADS, ids=case_ids(WITH_HEADS))
 def test_whole_heads_are_exact(case: Case) -> None:
     model, inputs = case.make(seed=3), case.inputs()
     dense = copy.deepcopy(model)
@@ -82,25 +92,34 @@ def test_whole_heads_are_exact(case: Case) -> None:
 
 
 HEADS = {
-    "separate_sdpa": {("att.q.weight", 0): 4, ("att.k.bias", 0): 4, ("att.v.weight", 0): 4, ("att.proj.weight", 1): 4},
+    "separate_sdpa": {
+        ("att.q.weight", 0): 4,
+        ("att.k.bias", 0): 4,
+        ("att.v.weight", 0): 4,
+        ("att.proj.weight", 1): 4,
+    },
     "fused_unbind": {("att.qkv.weight", 0): 12, ("att.qkv.bias", 0): 12, ("att.proj.weight", 1): 4},
     "fused_chunk": {("att.qkv.weight", 0): 12, ("att.qkv.bias", 0): 12, ("att.proj.weight", 1): 4},
     "multihead_attention": {
-        ("att.mha.in_proj_weight", 0): 12, ("att.mha.in_proj_bias", 0): 12, ("att.mha.out_proj.weight", 1): 4,
+        ("att.mha.in_proj_weight", 0): 12,
+        ("att.mha.in_proj_bias", 0): 12,
+        ("att.mha.out_proj.weight", 1): 4,
     },
     "llama_block": {("q.weight", 0): 8, ("k.weight", 0): 4, ("v.weight", 0): 4, ("o.weight", 1): 8},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_half_the_heads_go_where_the_hand_says(name: str) -> None:
-    case = next(c for c in ATTENTION_CASES if c.name == name)
+    case = next(c for c in WITH_HEADS if c.name == name)
     model, inputs = case.make(seed=3), case.inputs()
     dense = copy.deepcopy(model)
     plan = prune(model, inputs, pruning_ratio=0.0, prune_num_heads=True, head_pruning_ratio=0.5)
     cuts = parameter_cuts(dense, plan)
     assert {k: cuts.get(k) for k in HEADS[name]} == HEADS[name]
-    assert {n for n, _ in cuts} == {n for n, _ in HEADS[name]} | ({"att.q.bias", "att.k.weight", "att.v.bias"} if "att.q.weight" in {n for n, _ in cuts} else set())
+    assert {n for n, _ in cuts} == {n for n, _ in HEADS[name]} | (
+        {"att.q.bias", "att.k.weight", "att.v.bias"} if "att.q.weight" in {n for n, _ in cuts} else set()
+    )
 
 
 @pytest.mark.parametrize("case", CUTTING, ids=case_ids(CUTTING))
@@ -131,7 +150,9 @@ def test_the_twin_is_no_copy_of_the_dense_model(case: Case) -> None:
     assert max(relative_error(t, d) for t, d in zip(twin, dense, strict=True)) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["plain", "residual", "channel_shuffle", "fused_unbind", "llama_block", "roll"])
+@pytest.mark.parametrize(
+    "name", ["plain", "residual", "channel_shuffle", "fused_unbind", "llama_block", "roll"]
+)
 def test_one_permuted_cut_fails(name: str) -> None:
     """Negative control: in turn, each cut of a real plan keeps the same indices in another order."""
     case = next(c for c in CASES if c.name == name)
@@ -142,7 +163,9 @@ def test_one_permuted_cut_fails(name: str) -> None:
         if cut.kept < 2:
             continue
         rolled = tuple(k for row in cut.by_row() for k in (*row[1:], row[0]))
-        wrong = dataclasses.replace(plan, cuts=(*plan.cuts[:i], dataclasses.replace(cut, keep=rolled), *plan.cuts[i + 1 :]))
+        wrong = dataclasses.replace(
+            plan, cuts=(*plan.cuts[:i], dataclasses.replace(cut, keep=rolled), *plan.cuts[i + 1 :])
+        )
         pruned = copy.deepcopy(dense)
         apply(pruned, wrong)
         judged += 1

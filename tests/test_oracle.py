@@ -6,12 +6,20 @@ import copy
 
 import pytest
 import torch
+from nets import randomise
+from oracle import (
+    assert_exact,
+    assert_same_objects,
+    assert_sliced,
+    masked_twin,
+    relative_error,
+    run_double,
+    slice_by,
+)
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from lightning_prune.plan import Cut, Plan
-from nets import randomise
-from oracle import assert_exact, assert_same_objects, assert_sliced, masked_twin, relative_error, run_double, slice_by
 
 
 def _conv_net() -> nn.Sequential:
@@ -53,7 +61,9 @@ def test_hand_cut_conv_net_passes() -> None:
     assert_exact(dense, _load_sliced(_small_conv_net(), dense, CONV_PLAN), CONV_PLAN, IMAGE)
 
 
-@pytest.mark.parametrize("name", ["0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var"])
+@pytest.mark.parametrize(
+    "name", ["0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var"]
+)
 def test_permuted_values_fail(name: str) -> None:
     dense = _conv_net()
     pruned = _load_sliced(_small_conv_net(), dense, CONV_PLAN)
@@ -94,7 +104,7 @@ def test_a_changed_scale_fails() -> None:
     dense = _conv_net()
     pruned = _load_sliced(_small_conv_net(), dense, CONV_PLAN)
     with torch.no_grad():
-        pruned.double()[3].weight *= 1 + 1e-7  # type: ignore[operator, union-attr]
+        pruned.double()[3].weight *= 1 + 1e-7
     twin = masked_twin(dense, CONV_PLAN)
     error = relative_error(run_double(pruned, IMAGE)[0], run_double(twin, IMAGE)[0])
     assert 1e-9 < error < 1e-5
@@ -165,7 +175,9 @@ def test_group_norm_takes_statistics_over_the_survivors_of_each_group() -> None:
 
 def test_weight_norm_rows_do_not_become_nan() -> None:
     def build(width: int) -> nn.Sequential:
-        return nn.Sequential(parametrizations.weight_norm(nn.Linear(5, width)), nn.Tanh(), nn.Linear(width, 2))
+        return nn.Sequential(
+            parametrizations.weight_norm(nn.Linear(5, width)), nn.Tanh(), nn.Linear(width, 2)
+        )
 
     dense = randomise(build(6), 4)
     keep = (1, 2, 5)
@@ -187,4 +199,6 @@ def test_the_twin_leaves_the_original_alone() -> None:
     dense = _conv_net()
     before = {n: t.clone() for n, t in dense.state_dict().items()}
     masked_twin(dense, CONV_PLAN)
-    assert all(torch.equal(t, before[n]) and t.dtype == before[n].dtype for n, t in dense.state_dict().items())
+    assert all(
+        torch.equal(t, before[n]) and t.dtype == before[n].dtype for n, t in dense.state_dict().items()
+    )

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from nets import Net, conv, image, randomise
+from nets_attention import Fused, Patches, Separate, Vit, tokens
+from nets_language import Llama, ids
+from oracle import assert_exact
 from torch import nn
 
 from lightning_prune import GroupNormPruner
 from lightning_prune.errors import BudgetError, OptionError
-from nets import Net, conv, image, randomise
-from nets_attention import Fused, Llama, Patches, Separate, Vit, ids, tokens
-from oracle import assert_exact
 
 NO_HEADS: dict[str, Any] = {"pruning_ratio": 0.0, "prune_num_heads": True}
 
@@ -21,12 +22,21 @@ NO_HEADS: dict[str, Any] = {"pruning_ratio": 0.0, "prune_num_heads": True}
 def vit(heads: int = 4, dim: int = 16) -> nn.Module:
     """Two attention layers in a row, named "a1" and "a2"."""
     return randomise(
-        nn.Sequential(_named(embed=nn.Linear(6, dim), a1=Fused(dim, heads), a2=Fused(dim, heads), fc=nn.Linear(dim, 3))), 0
+        nn.Sequential(
+            _named(embed=nn.Linear(6, dim), a1=Fused(dim, heads), a2=Fused(dim, heads), fc=nn.Linear(dim, 3))
+        ),
+        0,
     )
 
 
 def _named(**parts: nn.Module) -> nn.Module:
-    return Net(lambda m, x: m.fc((lambda y: y + m.a2(y))((lambda y: y + m.a1(y))(m.embed(x)))), **parts)
+    def run(m: Net, x: torch.Tensor) -> torch.Tensor:
+        x = m.embed(x)
+        x = x + m.a1(x)
+        out: torch.Tensor = m.fc(x + m.a2(x))
+        return out
+
+    return Net(run, **parts)
 
 
 def head_sizes(model: nn.Module) -> list[tuple[int, int]]:
@@ -66,14 +76,18 @@ def test_heads_take_the_pruning_ratio_when_theirs_is_zero() -> None:
 def test_heads_and_head_dims_together() -> None:
     model = vit()
     dense = copy.deepcopy(model)
-    plan = GroupNormPruner(model, tokens(), pruning_ratio=0.5, prune_num_heads=True, head_pruning_ratio=0.25).step()
+    plan = GroupNormPruner(
+        model, tokens(), pruning_ratio=0.5, prune_num_heads=True, head_pruning_ratio=0.25
+    ).step()
     assert head_sizes(model) == [(3, 18), (3, 18)]
     assert_exact(dense, model, plan, tokens())
 
 
 def test_head_pruning_ratio_dict() -> None:
     model = vit()
-    GroupNormPruner(model, tokens(), **NO_HEADS, head_pruning_ratio=0.25, head_pruning_ratio_dict={"*.a1*": 0.5}).step()
+    GroupNormPruner(
+        model, tokens(), **NO_HEADS, head_pruning_ratio=0.25, head_pruning_ratio_dict={"*.a1*": 0.5}
+    ).step()
     assert head_sizes(model) == [(2, 24), (3, 36)]
 
 
@@ -95,7 +109,11 @@ def test_kv_heads_go_with_their_query_heads() -> None:
     plan = GroupNormPruner(model, ids(), **NO_HEADS, head_pruning_ratio=0.5).step()
     assert (model.heads, model.kv_heads, model.head_dim) == (4, 2, 4)
     assert (model.q.out_features, model.k.out_features, model.o.in_features) == (16, 8, 16)
-    kept = {c.tensor: sorted({i // 4 for i in c.keep}) for c in plan.cuts if c.tensor in ("q.weight", "k.weight") and c.dim == 0}
+    kept = {
+        c.tensor: sorted({i // 4 for i in c.keep})
+        for c in plan.cuts
+        if c.tensor in ("q.weight", "k.weight") and c.dim == 0
+    }
     assert kept["q.weight"] == [q for k in kept["k.weight"] for q in (2 * k, 2 * k + 1)]
     assert_exact(dense, model, plan, ids())
 
@@ -107,7 +125,9 @@ def test_num_heads_given_right_is_accepted_and_wrong_is_an_error_with_both() -> 
 
 
 def _grouped() -> nn.Module:
-    return randomise(Net(lambda m, x: m.c2(m.g(m.c1(x))), c1=conv(3, 8), g=conv(8, 12, groups=2), c2=conv(12, 3)), 0)
+    return randomise(
+        Net(lambda m, x: m.c2(m.g(m.c1(x))), c1=conv(3, 8), g=conv(8, 12, groups=2), c2=conv(12, 3)), 0
+    )
 
 
 @pytest.mark.parametrize("option", ["in_channel_groups", "out_channel_groups"])
@@ -136,18 +156,28 @@ def test_wrong_unwrapped_parameters(value: Any) -> None:
         GroupNormPruner(randomise(Patches(), 0), image(), unwrapped_parameters=value)
 
 
-# --- budgets ---------------------------------------------------------------------------------------------------
+# --- budgets ---
 
 
 def wide() -> nn.Module:
     """A residual net wide enough for budgets to be met closely."""
+
+    def run(m: Net, x: torch.Tensor) -> torch.Tensor:
+        x = m.stem(x).relu()
+        x = (x + m.c2(m.c1(x).relu())).relu()
+        out: torch.Tensor = m.fc(x.mean((2, 3)))
+        return out
+
     return randomise(
         Net(
-            lambda m, x: m.fc((lambda y: y + m.c2(m.c1(y).relu()))(m.stem(x).relu()).relu().mean((2, 3))),
-            stem=conv(3, 48), c1=conv(48, 64), c2=conv(64, 48), fc=nn.Linear(48, 10),
+            run,
+            stem=conv(3, 48),
+            c1=conv(48, 64),
+            c2=conv(64, 48),
+            fc=nn.Linear(48, 10),
         ),
         0,
-    )  # fmt: skip
+    )
 
 
 def naive_macs(model: nn.Module, inputs: Any) -> int:
@@ -181,7 +211,9 @@ def _share(model: nn.Module, dense: nn.Module, kind: str) -> float:
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
 @pytest.mark.parametrize("kind", ["macs", "params"])
-@pytest.mark.parametrize("options", [{}, {"global_pruning": True}, {"isomorphic": True}], ids=["local", "global", "isomorphic"])
+@pytest.mark.parametrize(
+    "options", [{}, {"global_pruning": True}, {"isomorphic": True}], ids=["local", "global", "isomorphic"]
+)
 def test_budget_is_met_within_a_point(kind: str, share: float, options: dict[str, Any]) -> None:
     model = wide()
     dense = copy.deepcopy(model)
@@ -216,7 +248,10 @@ def test_an_unreachable_budget_fails_at_construction_with_what_is_reachable() ->
     assert model.c1.out_channels == 64
 
 
-@pytest.mark.parametrize("budget", [{"flops": 0.5}, {"macs": 0.0}, {"macs": 1.5}, {"params": "x"}, {}, {"macs": 0.5, "params": 0.5}, 0.5])
+@pytest.mark.parametrize(
+    "budget",
+    [{"flops": 0.5}, {"macs": 0.0}, {"macs": 1.5}, {"params": "x"}, {}, {"macs": 0.5, "params": 0.5}, 0.5],
+)
 def test_a_wrong_budget(budget: Any) -> None:
     with pytest.raises(OptionError):
         GroupNormPruner(wide(), image(), budget=budget)
@@ -230,5 +265,3 @@ def test_head_dims_of_separate_projections_stay_matched() -> None:
     assert keep["att.q.weight"] == keep["att.k.weight"] == keep["att.q.bias"]
     for name in ("q", "v"):
         assert [i // 4 for i in keep[f"att.{name}.weight"]] == [0, 0, 1, 1]
-
-

@@ -8,19 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from nets import Net, conv, draw, image, randomise
+from oracle import assert_exact, assert_same_objects
 from torch import Tensor, nn
 
 from lightning_prune import GroupNormPruner, Plan, apply
 from lightning_prune.errors import OptionError, PlanError, PruneError, StaleGraphError, TraceError
-from nets import Net, conv, draw, image, randomise
-from oracle import assert_exact, assert_same_objects
 
 X = draw(4, 5)
 
 
 def mlp() -> nn.Sequential:
     """Two hidden layers of 8 and 6 units."""
-    return randomise(nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)), 0)
+    return randomise(
+        nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)), 0
+    )
 
 
 def snapshot(model: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
@@ -37,10 +39,12 @@ def assert_untouched(before: list[tuple[str, Tensor, Tensor]], model: nn.Module)
         assert torch.equal(now.detach(), value), name
 
 
-# --- regulariser ------------------------------------------------------------------------------------------
+# --- regulariser ---
 
 
-def expected_gradients(model: nn.Sequential, *, reg: float, alpha: float, bias: bool = False) -> dict[str, Tensor]:
+def expected_gradients(
+    model: nn.Sequential, *, reg: float, alpha: float, bias: bool = False
+) -> dict[str, Tensor]:
     """Write out ``reg * gamma_k * w`` for the two groups of ``mlp``, unit by unit."""
     weights = {n: p.detach().double() for n, p in model.named_parameters()}
     out = {n: torch.zeros_like(w) for n, w in weights.items()}
@@ -66,12 +70,17 @@ def regularised(model: nn.Module, *, grad_scale: float = 1.0, **options: Any) ->
     return {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("options", [{}, {"reg": 0.5}, {"alpha": 1.0}, {"alpha": 0.0}, {"include_bias": True, "reg": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"reg": 0.5}, {"alpha": 1.0}, {"alpha": 0.0}, {"include_bias": True, "reg": 0.1}], ids=str
+)
 def test_gradients_are_the_formula(options: dict[str, Any]) -> None:
     model = mlp()
     got = regularised(model, **options)
     want = expected_gradients(
-        model, reg=options.get("reg", 1e-4), alpha=options.get("alpha", 4.0), bias=options.get("include_bias", False)
+        model,
+        reg=options.get("reg", 1e-4),
+        alpha=options.get("alpha", 4.0),
+        bias=options.get("include_bias", False),
     )
     for name, value in want.items():
         torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-9)
@@ -135,7 +144,7 @@ def test_update_regularizer_follows_the_weights() -> None:
     torch.testing.assert_close(model[0].weight.grad.double(), want["0.weight"], rtol=1e-4, atol=1e-9)
 
 
-# --- non-finite values -----------------------------------------------------------------------------------------
+# --- non-finite values ---
 
 
 def _poisoned(value: float) -> nn.Sequential:
@@ -163,7 +172,9 @@ def test_nan_policy_raise() -> None:
     before = [t.detach().clone() for t in model.parameters()]
     with pytest.raises(PruneError, match=r"0\.weight"):
         GroupNormPruner(model, X, nan_policy="raise").step()
-    assert all(torch.equal(a.nan_to_num(9), b.nan_to_num(9)) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(
+        torch.equal(a.nan_to_num(9), b.nan_to_num(9)) for a, b in zip(before, model.parameters(), strict=True)
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -185,11 +196,13 @@ def test_a_wrong_nan_policy() -> None:
         GroupNormPruner(mlp(), X, nan_policy="nonsense")
 
 
-# --- how the model is called ---------------------------------------------------------------------------------
+# --- how the model is called ---
 
 
 def test_forward_fn_replaces_the_call() -> None:
-    model = randomise(Net(lambda m, x, *, flag: m.b(m.a(x).tanh()) * flag, a=nn.Linear(5, 8), b=nn.Linear(8, 3)), 0)
+    model = randomise(
+        Net(lambda m, x, *, flag: m.b(m.a(x).tanh()) * flag, a=nn.Linear(5, 8), b=nn.Linear(8, 3)), 0
+    )
     with pytest.raises(TraceError):
         GroupNormPruner(model, X)
     pruner = GroupNormPruner(model, {"batch": [X]}, forward_fn=lambda m, e: m(e["batch"][0], flag=2.0))
@@ -197,7 +210,9 @@ def test_forward_fn_replaces_the_call() -> None:
     assert model.a.out_features == 4
 
 
-@pytest.mark.parametrize(("transform", "kept"), [(None, 8), (lambda o: o["logits"], 4), (lambda o: [o["logits"]], 4)])
+@pytest.mark.parametrize(
+    ("transform", "kept"), [(None, 8), (lambda o: o["logits"], 4), (lambda o: [o["logits"]], 4)]
+)
 def test_output_transform(transform: Any, kept: int) -> None:
     def run(m: Net, x: Tensor) -> dict[str, Tensor]:
         h = m.a(x).tanh()
@@ -208,7 +223,7 @@ def test_output_transform(transform: Any, kept: int) -> None:
     assert (model.a.out_features, model.b.out_features) == (kept, 3)
 
 
-# --- plans -------------------------------------------------------------------------------------------------------
+# --- plans ---
 
 
 def test_dry_run_touches_nothing_and_foretells_the_step() -> None:
@@ -243,7 +258,9 @@ def test_plan_goes_through_json_onto_a_fresh_model() -> None:
 
 def test_a_plan_for_another_model_cuts_nothing() -> None:
     plan = GroupNormPruner(mlp(), X).step()
-    other = randomise(nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 3)), 0)
+    other = randomise(
+        nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 3)), 0
+    )
     before = snapshot(other)
     with pytest.raises(PlanError):
         apply(other, plan)
@@ -294,7 +311,9 @@ def test_explain_says_why() -> None:
         out: Tensor = m.out(y + m.b(y.tanh()))
         return out
 
-    pruner = GroupNormPruner(randomise(Net(run, a=nn.Linear(5, 8), b=nn.Linear(8, 8), out=nn.Linear(8, 3)), 0), X)
+    pruner = GroupNormPruner(
+        randomise(Net(run, a=nn.Linear(5, 8), b=nn.Linear(8, 8), out=nn.Linear(8, 3)), 0), X
+    )
     assert "output" in pruner.explain("out", 0).lower()
     tied = pruner.explain("a", dim=0)
     assert "b.weight" in tied
@@ -307,15 +326,15 @@ def test_explain_says_why() -> None:
         pruner.explain("a.weight", 2)
 
 
-# --- bad input ------------------------------------------------------------------------------------------------------
+# --- bad input ---
 
 
 BAD: list[tuple[str, Any, Any]] = [
-    ("wrong shape", lambda: mlp(), draw(4, 7)),
-    ("nothing", lambda: mlp(), None),
-    ("too many", lambda: mlp(), (X, X, X)),
-    ("unknown keyword", lambda: mlp(), {"nope": X}),
-    ("not a model", lambda: (lambda x: x), X),
+    ("wrong shape", mlp, draw(4, 7)),
+    ("nothing", mlp, None),
+    ("too many", mlp, (X, X, X)),
+    ("unknown keyword", mlp, {"nope": X}),
+    ("not a model", lambda: lambda x: x, X),
     ("lazy", lambda: nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 3)), X),
 ]
 
@@ -348,7 +367,11 @@ def test_meta_parameters_plan_but_do_not_step() -> None:
         model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
     pruner = GroupNormPruner(model, X.to("meta"))
     plan = pruner.step(dry_run=True)
-    assert {(c.tensor, c.dim, c.kept) for c in plan.cuts} == {("0.weight", 0, 4), ("0.bias", 0, 4), ("2.weight", 1, 4)}
+    assert {(c.tensor, c.dim, c.kept) for c in plan.cuts} == {
+        ("0.weight", 0, 4),
+        ("0.bias", 0, 4),
+        ("2.weight", 1, 4),
+    }
     with pytest.raises(PruneError, match="meta"):
         pruner.step()
     assert model[0].weight.shape == (8, 5)
@@ -356,7 +379,7 @@ def test_meta_parameters_plan_but_do_not_step() -> None:
 
 def test_an_unknown_option_is_a_type_error() -> None:
     with pytest.raises(TypeError):
-        GroupNormPruner(mlp(), X, pruning_ration=0.5)  # type: ignore[call-arg]
+        GroupNormPruner(mlp(), X, pruning_ration=0.5)
 
 
 def test_a_model_changed_behind_the_pruners_back_is_stale() -> None:

@@ -7,25 +7,30 @@ from typing import Any
 
 import pytest
 import torch
+from nets import Net, conv, draw, image, randomise
 from torch import Tensor, nn
 
 from lightning_prune import GroupNormPruner, Plan
 from lightning_prune.errors import EmptyGroupError, OptionError
-from nets import Net, conv, draw, image, randomise
 
 X = draw(4, 5)
 
 
 def mlp(a: int = 8, b: int = 6) -> nn.Sequential:
     """Two hidden layers: units of "0" and units of "2"; "4" is the output."""
-    return randomise(nn.Sequential(nn.Linear(5, a), nn.ReLU(), nn.Linear(a, b), nn.ReLU(), nn.Linear(b, 3)), 0)
+    return randomise(
+        nn.Sequential(nn.Linear(5, a), nn.ReLU(), nn.Linear(a, b), nn.ReLU(), nn.Linear(b, 3)), 0
+    )
 
 
 def branches(*norms: list[float]) -> nn.Module:
-    """Parallel one-input branches ``b0, b1, ...`` of equal structure; unit k of branch i has I_k = norms[i][k]."""
+    """Parallel one-input branches ``b0, b1, ...`` of one structure; unit k of branch i has I_k = norms[i][k]."""
 
     def run(m: Net, x: Tensor) -> Tensor:
-        return sum((m.get_submodule(f"o{i}")(m.get_submodule(f"b{i}")(x).relu()) for i in range(len(norms))), x[:, :1] * 0)
+        return sum(
+            (m.get_submodule(f"o{i}")(m.get_submodule(f"b{i}")(x).relu()) for i in range(len(norms))),
+            x[:, :1] * 0,
+        )
 
     net = Net(run)
     for i, values in enumerate(norms):
@@ -56,11 +61,12 @@ def prune(model: nn.Module, inputs: Any = X, **options: Any) -> Plan:
     return GroupNormPruner(model, inputs, **options).step()
 
 
-# --- ratios ---------------------------------------------------------------------------------------------
+# --- ratios ---
 
 
 @pytest.mark.parametrize(
-    ("n", "ratio", "kept"), [(3, 0.5, 2), (10, 0.9, 1), (100, 0.9, 10), (10, 0.05, 10), (8, 0.25, 6), (2, 0.99, 1), (100, 0.29, 71)]
+    ("n", "ratio", "kept"),
+    [(3, 0.5, 2), (10, 0.9, 1), (100, 0.9, 10), (10, 0.05, 10), (8, 0.25, 6), (2, 0.99, 1), (100, 0.29, 71)],
 )
 def test_pruning_ratio_removes_the_nearest_count(n: int, ratio: float, kept: int) -> None:
     model = mlp(n, 60)
@@ -192,7 +198,7 @@ def test_the_cap_beats_round_to() -> None:
     assert 7 <= sizes(model, "0")[0] < 10
 
 
-# --- steps and schedules -----------------------------------------------------------------------------------
+# --- steps and schedules ---
 
 
 def _run_steps(**options: Any) -> list[int]:
@@ -220,15 +226,24 @@ def test_curved_schedules_reach_the_ratio_another_way(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_one_shot_cuts_all_at_once() -> None:
-    assert _run_steps(pruning_ratio=0.5, iterative_steps=3, iterative_pruning_ratio_scheduler="one_shot") == [50, 50, 50]
+    assert _run_steps(pruning_ratio=0.5, iterative_steps=3, iterative_pruning_ratio_scheduler="one_shot") == [
+        50,
+        50,
+        50,
+    ]
 
 
 def test_a_schedule_of_ones_own() -> None:
-    options = {"iterative_steps": 2, "iterative_pruning_ratio_scheduler": lambda target, steps: [0.0, target / 5, target]}
+    options = {
+        "iterative_steps": 2,
+        "iterative_pruning_ratio_scheduler": lambda target, steps: [0.0, target / 5, target],
+    }
     assert _run_steps(pruning_ratio=0.5, **options) == [90, 50]
 
 
-@pytest.mark.parametrize("schedule", ["nonsense", lambda t, n: [0.0, t], lambda t, n: [0.0, 0.4, 0.2, t], lambda t, n: [t] * 4])
+@pytest.mark.parametrize(
+    "schedule", ["nonsense", lambda t, n: [0.0, t], lambda t, n: [0.0, 0.4, 0.2, t], lambda t, n: [t] * 4]
+)
 def test_a_wrong_schedule_fails_at_construction(schedule: Any) -> None:
     with pytest.raises(OptionError):
         GroupNormPruner(mlp(), X, iterative_steps=3, iterative_pruning_ratio_scheduler=schedule)
@@ -250,7 +265,7 @@ def test_a_step_too_many_warns_and_changes_nothing() -> None:
     assert pruner.plan == plan
 
 
-# --- ranking -------------------------------------------------------------------------------------------------
+# --- ranking ---
 
 
 def test_local_ranking_keeps_the_strongest_of_each_group() -> None:
@@ -271,8 +286,8 @@ def _two_classes() -> nn.Module:
     weak = nn.Sequential(nn.Conv2d(1, 8, 1, bias=False), nn.ReLU(), nn.Conv2d(8, 1, 1, bias=False))
     model = Net(lambda m, x: m.net(m.weak(x).flatten(1)), net=net, weak=weak)
     with torch.no_grad():
-        weak[0].weight.copy_(torch.arange(1, 9).view(8, 1, 1, 1) * 1e-3)  # type: ignore[operator]
-        weak[2].weight.zero_()  # type: ignore[operator]
+        weak[0].weight.copy_(torch.arange(1, 9).view(8, 1, 1, 1) * 1e-3)
+        weak[2].weight.zero_()
     return model.eval()
 
 
@@ -294,8 +309,8 @@ def _shapes(flat: bool) -> nn.Module:
     """Unit 0 has few large weights, unit 1 many middling ones: l1 and l2 disagree about the weaker."""
     model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False))
     with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([[3.0, 0, 0], [1.5, 1.5, 1.5]]))  # type: ignore[operator]
-        model[2].weight.zero_()  # type: ignore[operator]
+        model[0].weight.copy_(torch.tensor([[3.0, 0, 0], [1.5, 1.5, 1.5]]))
+        model[2].weight.zero_()
     return model
 
 
@@ -329,7 +344,10 @@ def test_a_wrong_importance(importance: Any) -> None:
         prune(mlp(), importance=importance)
 
 
-@pytest.mark.parametrize(("normalizer", "scale", "cut"), [("mean", 0.1, "b0"), (None, 0.1, "b1"), ("max", 10, "b1"), (None, 10, "b0")])
+@pytest.mark.parametrize(
+    ("normalizer", "scale", "cut"),
+    [("mean", 0.1, "b0"), (None, 0.1, "b1"), ("max", 10, "b1"), (None, 10, "b0")],
+)
 def test_normalizer(normalizer: Any, scale: float, cut: str) -> None:
     """b0 is flat, b1 peaked: b0's weakest is 0.87 of its mean and 0.83 of its maximum, b1's 0.92 and 0.75."""
     model = branches([1, 1.2, 1.2, 1.2], [3 * scale, 3.01 * scale, 3.02 * scale, 4 * scale])
@@ -346,19 +364,22 @@ def test_include_bias() -> None:
     def build() -> nn.Sequential:
         model = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 1))
         with torch.no_grad():
-            model[0].weight.copy_(torch.tensor([[1.0], [2.0]]))  # type: ignore[operator]
-            model[0].bias.copy_(torch.tensor([9.0, 0.0]))  # type: ignore[operator]
-            model[2].weight.zero_()  # type: ignore[operator]
+            model[0].weight.copy_(torch.tensor([[1.0], [2.0]]))
+            model[0].bias.copy_(torch.tensor([9.0, 0.0]))
+            model[2].weight.zero_()
         return model
 
     assert keep_of(prune(build(), ONE), "0.weight") == [1]
     assert keep_of(prune(build(), ONE, include_bias=True), "0.weight") == [0]
 
 
-# --- rounding ------------------------------------------------------------------------------------------------
+# --- rounding ---
 
 
-@pytest.mark.parametrize(("n", "ratio", "round_to", "kept"), [(20, 0.7, 8, 8), (20, 0.5, 4, 8), (20, 0.5, 5, 10), (6, 0.5, 8, 6), (32, 0.1, 8, 24)])
+@pytest.mark.parametrize(
+    ("n", "ratio", "round_to", "kept"),
+    [(20, 0.7, 8, 8), (20, 0.5, 4, 8), (20, 0.5, 5, 10), (6, 0.5, 8, 6), (32, 0.1, 8, 24)],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_round_to(n: int, ratio: float, round_to: int, kept: int) -> None:
     model = mlp(n, 64)

@@ -9,14 +9,16 @@ import warnings
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from lightning_prune import GroupNormPruner, Plan, apply
-from lightning_prune.groups import Group, Member
 from nets import draw, image
 from oracle import assert_exact, assert_same_objects
 from strategies import SIDE, Spec, specs
 
-QUICK = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+from lightning_prune import GroupNormPruner, Plan, apply
+from lightning_prune.groups import Group, Member
+
+QUICK = settings(
+    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 
 
 def kept_positions(member: Member, plan: Plan) -> set[int]:
@@ -24,7 +26,9 @@ def kept_positions(member: Member, plan: Plan) -> set[int]:
     for cut in plan.cuts:
         if (cut.tensor, cut.dim) == (member.tensor, member.dim):
             lists = cut.by_row() * (member.rows // cut.rows)
-            assert len(lists) == member.rows, f"{member.tensor}: {cut.rows} rows in the plan, {member.rows} in the group"
+            assert len(lists) == member.rows, (
+                f"{member.tensor}: {cut.rows} rows in the plan, {member.rows} in the group"
+            )
             return {r * member.size + i for r, row in enumerate(lists) for i in row}
     return set(range(member.rows * member.size))
 

@@ -9,20 +9,23 @@ from typing import Any
 
 import pytest
 import torch
+from nets import Net, conv, draw, image, param, randomise
+from nets_attention import Fused, Vit, tokens
+from nets_language import Llama, ids
+from oracle import assert_exact
 from torch import Tensor, nn
 
 from lightning_prune import GroupNormPruner, Plan, apply
 from lightning_prune.errors import PruneError
-from nets import Net, conv, draw, image, param, randomise
-from nets_attention import Fused, Llama, Vit, ids, tokens
-from oracle import assert_exact
 
 X = draw(4, 5)
 
 
 def mlp(a: int = 8, b: int = 6) -> nn.Sequential:
     """Two hidden layers."""
-    return randomise(nn.Sequential(nn.Linear(5, a), nn.ReLU(), nn.Linear(a, b), nn.ReLU(), nn.Linear(b, 3)), 0)
+    return randomise(
+        nn.Sequential(nn.Linear(5, a), nn.ReLU(), nn.Linear(a, b), nn.ReLU(), nn.Linear(b, 3)), 0
+    )
 
 
 def gradients(model: nn.Module, inputs: Any, steps: int = 0, **options: Any) -> dict[str, Tensor]:
@@ -91,8 +94,13 @@ def test_06_rounding_does_not_undo_the_cut() -> None:
 
 
 def test_07_isomorphic_without_global_still_ranks_by_class() -> None:
-    """Layers of one class are one pool even though ``global_pruning`` is off, and no class exceeds the ratio."""
-    model = randomise(nn.Sequential(*[m for i in range(4) for m in (conv(3 if i == 0 else 16, 16), nn.ReLU())], conv(16, 2)), 0)
+    """Layers of one class are one pool even though ``global_pruning`` is off."""
+    model = randomise(
+        nn.Sequential(
+            *[m for i in range(4) for m in (conv(3 if i == 0 else 16, 16), nn.ReLU())], conv(16, 2)
+        ),
+        0,
+    )
     GroupNormPruner(model, image(), isomorphic=True, global_pruning=False).step()
     kept = [m.out_channels for m in model if isinstance(m, nn.Conv2d)][:4]
     assert sum(kept) == 32
@@ -112,19 +120,29 @@ def test_08_iterative_head_pruning_lands_on_the_ratio() -> None:
 
 def _wide_heads() -> nn.Module:
     return randomise(
-        Net(lambda m, x: m.fc(m.att(m.embed(x))), embed=nn.Linear(6, 24), att=Fused(24, 12), fc=nn.Linear(24, 3)), 0
+        Net(
+            lambda m, x: m.fc(m.att(m.embed(x))),
+            embed=nn.Linear(6, 24),
+            att=Fused(24, 12),
+            fc=nn.Linear(24, 3),
+        ),
+        0,
     )
 
 
 def test_09_heads_alone_are_cut() -> None:
     model = randomise(Vit(Fused()), 0)
-    assert GroupNormPruner(model, tokens(), pruning_ratio=0.0, prune_num_heads=True, head_pruning_ratio=0.5).step()
+    assert GroupNormPruner(
+        model, tokens(), pruning_ratio=0.0, prune_num_heads=True, head_pruning_ratio=0.5
+    ).step()
     assert model.att.heads == 1
 
 
 def test_10_a_rejected_prune_changes_no_attribute() -> None:
     model = randomise(Vit(Fused()), 0)
-    plan = GroupNormPruner(copy.deepcopy(model), tokens(), pruning_ratio=0.0, prune_num_heads=True, head_pruning_ratio=0.5).step()
+    plan = GroupNormPruner(
+        copy.deepcopy(model), tokens(), pruning_ratio=0.0, prune_num_heads=True, head_pruning_ratio=0.5
+    ).step()
     model.att.proj = nn.Linear(9, 8)
     with pytest.raises(PruneError):
         apply(model, plan)
@@ -137,16 +155,22 @@ def test_10_a_rejected_prune_changes_no_attribute() -> None:
 def test_10_a_gqa_model_keeps_a_head(ratio: float) -> None:
     model = randomise(Llama(), 0)
     dense = copy.deepcopy(model)
-    plan = GroupNormPruner(model, ids(), pruning_ratio=0.0, prune_num_heads=True, head_pruning_ratio=ratio).step()
+    plan = GroupNormPruner(
+        model, ids(), pruning_ratio=0.0, prune_num_heads=True, head_pruning_ratio=ratio
+    ).step()
     assert (model.heads, model.kv_heads) == (2, 1)
     assert_exact(dense, model, plan, ids())
 
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
-    "batch norm without affine": lambda: nn.Sequential(conv(3, 8), nn.BatchNorm2d(8, affine=False), conv(8, 8), nn.ReLU(), conv(8, 2)),
+    "batch norm without affine": lambda: nn.Sequential(
+        conv(3, 8), nn.BatchNorm2d(8, affine=False), conv(8, 8), nn.ReLU(), conv(8, 2)
+    ),
     "grouped": lambda: nn.Sequential(conv(3, 8), conv(8, 8, groups=2), nn.ReLU(), conv(8, 2)),
     "transposed": lambda: nn.Sequential(conv(3, 8), nn.ConvTranspose2d(8, 8, 2), nn.ReLU(), conv(8, 2)),
-    "grouped transposed": lambda: nn.Sequential(conv(3, 8), nn.ConvTranspose2d(8, 8, 2, groups=2), nn.ReLU(), conv(8, 2)),
+    "grouped transposed": lambda: nn.Sequential(
+        conv(3, 8), nn.ConvTranspose2d(8, 8, 2, groups=2), nn.ReLU(), conv(8, 2)
+    ),
 }
 
 
@@ -159,7 +183,9 @@ def test_11_regularize_works_on_every_layer_and_after_a_step(name: str, steps: i
         assert g.abs().sum() > 0 or not key.endswith("weight")
 
 
-def _naive(model: nn.Module, members: list[tuple[str, int]], n: int, reg: float, alpha: float) -> dict[str, Tensor]:
+def _naive(
+    model: nn.Module, members: list[tuple[str, int]], n: int, reg: float, alpha: float
+) -> dict[str, Tensor]:
     """The formula for one group whose members give slice k of a dimension to unit k."""
     weights = {t: model.get_parameter(t).detach().double() for t, _ in members}
     strength = [sum(float(weights[t].select(d, k).square().sum()) for t, d in members) for k in range(n)]
@@ -173,33 +199,48 @@ def _naive(model: nn.Module, members: list[tuple[str, int]], n: int, reg: float,
 
 NORMED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], list[tuple[str, int]]]] = {
     "layer norm": (
-        lambda: nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 3)), lambda: X,
+        lambda: nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 3)),
+        lambda: X,
         [("0.weight", 0), ("1.weight", 0), ("2.weight", 1)],
     ),
     "rms norm": (
-        lambda: nn.Sequential(nn.Linear(5, 8), nn.RMSNorm(8), nn.Linear(8, 3)), lambda: X,
+        lambda: nn.Sequential(nn.Linear(5, 8), nn.RMSNorm(8), nn.Linear(8, 3)),
+        lambda: X,
         [("0.weight", 0), ("1.weight", 0), ("2.weight", 1)],
     ),
     "batch norm": (
-        lambda: nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), conv(8, 2)), image, [("0.weight", 0), ("1.weight", 0), ("2.weight", 1)],
+        lambda: nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), conv(8, 2)),
+        image,
+        [("0.weight", 0), ("1.weight", 0), ("2.weight", 1)],
     ),
     "group norm": (
-        lambda: nn.Sequential(conv(3, 8), nn.GroupNorm(2, 8), conv(8, 2)), image, [("0.weight", 0), ("1.weight", 0), ("2.weight", 1)],
+        lambda: nn.Sequential(conv(3, 8), nn.GroupNorm(2, 8), conv(8, 2)),
+        image,
+        [("0.weight", 0), ("1.weight", 0), ("2.weight", 1)],
     ),
     "depthwise": (
-        lambda: nn.Sequential(conv(3, 8), conv(8, 8, groups=8), conv(8, 2)), image, [("0.weight", 0), ("1.weight", 0), ("2.weight", 1)],
+        lambda: nn.Sequential(conv(3, 8), conv(8, 8, groups=8), conv(8, 2)),
+        image,
+        [("0.weight", 0), ("1.weight", 0), ("2.weight", 1)],
     ),
     "transposed": (
-        lambda: nn.Sequential(conv(3, 8), nn.ConvTranspose2d(8, 3, 2)), image, [("0.weight", 0), ("1.weight", 0)],
+        lambda: nn.Sequential(conv(3, 8), nn.ConvTranspose2d(8, 3, 2)),
+        image,
+        [("0.weight", 0), ("1.weight", 0)],
     ),
     "embedding": (
-        lambda: nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 3)), ids, [("0.weight", 1), ("1.weight", 1)],
+        lambda: nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 3)),
+        ids,
+        [("0.weight", 1), ("1.weight", 1)],
     ),
     "bare parameter": (
-        lambda: Net(lambda m, x: m.b(m.a(x) * m.scale), a=nn.Linear(5, 8), scale=param(1, 8), b=nn.Linear(8, 3)), lambda: X,
+        lambda: Net(
+            lambda m, x: m.b(m.a(x) * m.scale), a=nn.Linear(5, 8), scale=param(1, 8), b=nn.Linear(8, 3)
+        ),
+        lambda: X,
         [("a.weight", 0), ("scale", 1), ("b.weight", 1)],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", NORMED)
@@ -209,7 +250,9 @@ def test_12_every_member_gets_its_gradient(name: str) -> None:
     want = _naive(model, members, 8, 0.1, 4.0)
     got = gradients(model, inputs(), reg=0.1)
     for key, g in got.items():
-        torch.testing.assert_close(g.double(), want.get(key, torch.zeros_like(g).double()), rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(
+            g.double(), want.get(key, torch.zeros_like(g).double()), rtol=1e-4, atol=1e-8
+        )
 
 
 def test_13_the_constructor_leaves_the_training_flag() -> None:
@@ -235,13 +278,17 @@ def test_14_no_defaults_leak_between_pruners() -> None:
 
 
 def test_15_a_type_may_be_ignored() -> None:
-    model = randomise(Net(lambda m, x: m.b(m.a(m.c(x).mean((2, 3)))), c=conv(3, 8), a=nn.Linear(8, 6), b=nn.Linear(6, 2)), 0)
+    model = randomise(
+        Net(lambda m, x: m.b(m.a(m.c(x).mean((2, 3)))), c=conv(3, 8), a=nn.Linear(8, 6), b=nn.Linear(6, 2)), 0
+    )
     GroupNormPruner(model, image(), ignored_layers=[nn.Linear]).step()
     assert (model.c.out_channels, model.a.out_features) == (4, 6)
 
 
 def test_16_unwrapped_parameters_take_a_dict() -> None:
-    model = randomise(Net(lambda m, x: m.b(m.a(x) * m.scale), a=nn.Linear(5, 8), scale=param(8), b=nn.Linear(8, 3)), 0)
+    model = randomise(
+        Net(lambda m, x: m.b(m.a(x) * m.scale), a=nn.Linear(5, 8), scale=param(8), b=nn.Linear(8, 3)), 0
+    )
     GroupNormPruner(model, X, unwrapped_parameters={model.scale: 0}).step()
     assert model.scale.shape == (4,)
 
@@ -270,7 +317,10 @@ def test_18_a_batch_of_one_is_not_unpacked() -> None:
 
 
 def test_19_the_optimizer_holds_only_live_parameters() -> None:
-    model = randomise(nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 6), nn.Flatten(), nn.Linear(216, 3)), 0)
+    model = randomise(
+        nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 6), nn.Flatten(), nn.Linear(216, 3)),
+        0,
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     model(image()).square().sum().backward()
     optimizer.step()
@@ -301,7 +351,9 @@ def test_22_a_pruned_model_loads_with_weights_only() -> None:
     pruner = GroupNormPruner(model, X)
     pruner.step()
     file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "plan": pruner.plan.as_dict(), "pruner": pruner.state_dict()}, file)
+    torch.save(
+        {"model": model.state_dict(), "plan": pruner.plan.as_dict(), "pruner": pruner.state_dict()}, file
+    )
     file.seek(0)
     saved = torch.load(file, weights_only=True)
     fresh = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
