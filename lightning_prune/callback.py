@@ -1,0 +1,389 @@
+"""StructuredPruning: when to prune, on which rank, with which state. How is the pruner's matter."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_prune import example_inputs, finish
+from lightning_prune.checkpoint import KEY, adopt_checkpoint, manifests, prepare, record
+from lightning_prune.errors import OptionError, PruneError
+from lightning_prune.example_inputs import Call, Example
+from lightning_prune.gradients import closes_accumulation, hide_from, is_scaled, loss_scale, non_finite
+from lightning_prune.options import PruningOptions
+from lightning_prune.plan import Plan
+from lightning_prune.progress import Progress
+from lightning_prune.pruner import GroupNormPruner
+from lightning_prune.strategies import (
+    averaged_copies,
+    callbacks_of,
+    check_set_up,
+    decide_on_rank_zero,
+    eager,
+    follow_cut,
+    point_out_neighbours,
+)
+from lightning_prune.structure import plan_of, trust_shapes
+from lightning_prune.surgery import apply
+
+__all__ = ["PHASES", "StructuredPruning"]
+
+PHASES = ("dense", "sparse", "prune", "fine-tune")
+
+
+class StructuredPruning(Callback):
+    """Prune a network while it trains.
+
+    Epochs pass through phases: *dense* warm-up; *sparse* learning, where unimportant units are pushed towards
+    zero; *prune*, where an epoch begins with a cut; *fine-tune* after the last cut. Every epoch logs
+    ``prune/sparsity`` (share of the parameters removed), ``prune/channels`` (share of the units removed),
+    ``prune/macs`` (share of the MACs left), ``prune/phase`` (index into ``PHASES``) and
+    ``prune/target_reached`` (0 or 1). With several of these callbacks the names hold the module:
+    ``prune/net/sparsity``.
+
+    Args:
+        pruning_ratio: Share of the units of every group to remove by the last cut, in [0, 1).
+        module: Name of the submodule to prune, as in ``named_modules()``; None is the whole LightningModule.
+            Names in ``options`` are relative to it.
+        sparse_start_epoch: First epoch with regularisation, 0-based.
+        start_epoch: Epoch that begins with the first cut, 0-based.
+        every_n_epochs: Epochs between cuts, >= 1.
+        iterative_steps: Number of cuts, >= 1.
+        update_every: Epochs between refreshes of the regulariser's weights, >= 1; a cut refreshes them too.
+        options: Every other option of the pruner, as ``PruningOptions`` or as a dict of its fields.
+
+    Attributes:
+        pruner: The live GroupNormPruner; None until the fit has begun.
+
+    Raises:
+        OptionError: If a value is out of range or an option has an unknown name.
+
+    >>> StructuredPruning(pruning_ratio=0.5, start_epoch=2, options={"round_to": 8}).should_prune(2)
+    True
+    """
+
+    def __init__(
+        self,
+        pruning_ratio: float = 0.5,
+        *,
+        module: str | None = None,
+        sparse_start_epoch: int = 0,
+        start_epoch: int = 1,
+        every_n_epochs: int = 1,
+        iterative_steps: int = 1,
+        update_every: int = 1,
+        options: PruningOptions | dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.pruning_ratio = _ratio(pruning_ratio)
+        self.module = module
+        self.sparse_start_epoch = _count("sparse_start_epoch", sparse_start_epoch, 0)
+        self.start_epoch = _count("start_epoch", start_epoch, 0)
+        self.every_n_epochs = _count("every_n_epochs", every_n_epochs, 1)
+        self.iterative_steps = _count("iterative_steps", iterative_steps, 1)
+        self.update_every = _count("update_every", update_every, 1)
+        self.options = _as_options(options)
+        self.pruner: GroupNormPruner | None = None
+        self.report = finish.FitReport()
+        self._progress = Progress()
+        self._example: Example | None = None
+        self._recorded: list[Any] | None = None  # description of example inputs that came from a batch
+        self._restored: dict[str, Any] | None = None  # state that waits for a pruner
+        self._base = Plan()  # what was cut before the live pruner was built
+        self._cut_epoch: int | None = None
+        self._closes = True
+        self._backwards = 0
+        self._overflows = 0
+
+    def should_prune(self, epoch: int) -> bool:
+        """Say whether ``epoch`` begins with a cut; override it for a schedule of your own.
+
+        Args:
+            epoch: 0-based.
+        """
+        since = epoch - self.start_epoch
+        return since >= 0 and since % self.every_n_epochs == 0 and not self.target_reached
+
+    @property
+    def target_reached(self) -> bool:
+        """Whether the last cut has been made."""
+        return self.steps_done >= self.iterative_steps
+
+    @property
+    def steps_done(self) -> int:
+        """Number of cuts made so far."""
+        return 0 if self.pruner is None else self.pruner.current_step
+
+    def phase(self, epoch: int) -> str:
+        """Name the phase of an epoch that has begun, one of ``PHASES``."""
+        if epoch == self._cut_epoch:
+            return "prune"
+        if self.target_reached:
+            return "fine-tune"
+        return "sparse" if epoch >= self.sparse_start_epoch else "dense"
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(module=self.module)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            check_set_up(trainer, pl_module)
+            point_out_neighbours(trainer)
+            self._cut_epoch = None
+        for root in (pl_module, *averaged_copies(trainer)):
+            prepare(root)
+            if _has(root, self.module):  # configure_model may yet build it
+                target = self._target(root)
+                record(target, plan_of(target))
+                trust_shapes(target)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        target = self._target(pl_module)
+        lives_on = self.pruner is not None and self.pruner.model is target and self._restored is None
+        if lives_on and plan_of(target) == self._base.then(self.pruner.plan):  # type: ignore[union-attr]
+            return
+        self.pruner, self._progress = None, Progress()
+        calls = example_inputs.from_array(pl_module, self.module)
+        recorded = (self._restored or {}).get("example")
+        if not calls and recorded:
+            self._recorded = recorded
+            calls = example_inputs.rebuild(recorded, pl_module.device)
+        if calls:
+            self._build(pl_module, calls)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        epoch = trainer.current_epoch
+        self._backwards = 0
+        if epoch != self._cut_epoch and self.should_prune(epoch):
+            if self.pruner is None:
+                self._build_from_batch(trainer, pl_module, example_inputs.take_batch(trainer, pl_module))
+            self._prune(trainer, pl_module)
+            self._cut_epoch = epoch
+        elif self.pruner is not None and self._refreshes(epoch):
+            self.pruner.update_regularizer()
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.pruner is None:
+            self._build_from_batch(trainer, pl_module, batch)
+        self._closes = closes_accumulation(trainer, batch_idx)
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if pl_module.automatic_optimization:
+            self._backwards += 1
+            if self._closes:
+                self._add_penalty(trainer, None)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        if not pl_module.automatic_optimization:
+            # The user decides when which gradients are whole, so only those about to be used are known to be.
+            with hide_from(self._target(pl_module), optimizer):
+                self._backwards = trainer.accumulate_grad_batches
+                self._add_penalty(trainer, optimizer)
+        elif self._backwards:
+            # The step's last micro-batch had no loss, so no backward pass closed the accumulation.
+            self._add_penalty(trainer, optimizer)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.pruner is None:
+            return
+        values = self._progress.values(pl_module.device)
+        values["phase"] = float(PHASES.index(self.phase(trainer.current_epoch)))
+        values["target_reached"] = float(self.target_reached)
+        if self._overflows:
+            values["nonfinite_gradients"] = float(self._overflows)
+        several = sum(isinstance(c, StructuredPruning) for c in callbacks_of(trainer)) > 1
+        place = f"prune/{self.module}/" if several and self.module else "prune/"
+        for name, value in values.items():
+            pl_module.log(place + name, value, prog_bar=name == "sparsity", on_epoch=True, on_step=False)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trial = getattr(trainer, "fast_dev_run", False)
+        if self.pruner is not None and self._example is not None and not trial:
+            self.report.write(trainer, pl_module, self.module, self.pruner, self._example)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "pruner": None if self.pruner is None else self.pruner.state_dict(),
+            "example": self._recorded,
+            "initial": self._progress.initial,
+            "base": self._base.as_dict(),
+            "cut_epoch": self._cut_epoch,
+            "overflows": self._overflows,
+            "report": self.report.state_dict(),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict
+        self._cut_epoch = state_dict["cut_epoch"]
+        self._overflows = state_dict["overflows"]
+        self.report.load_state_dict(state_dict["report"])
+        # Tuners save and restore in the middle of a fit, where the pruner is alive already.
+        self._resume()
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[KEY] = manifests(pl_module)
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        for root in (pl_module, *averaged_copies(trainer)):
+            adopt_checkpoint(root, checkpoint)
+
+    def _target(self, root: nn.Module) -> nn.Module:
+        if not _has(root, self.module):
+            names = [name for name, _ in root.named_modules() if name]
+            near = get_close_matches(str(self.module), names, n=5, cutoff=0.0)
+            raise OptionError(
+                f"module={self.module!r} names no submodule of {type(root).__name__}; the nearest are {near}"
+            )
+        return root.get_submodule(self.module or "")
+
+    def _regularizes(self, epoch: int) -> bool:
+        return not self.target_reached and epoch >= self.sparse_start_epoch
+
+    def _refreshes(self, epoch: int) -> bool:
+        return self._regularizes(epoch) and (epoch - self.sparse_start_epoch) % self.update_every == 0
+
+    def _build_from_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        if self.options.forward_fn is not None:
+            self._build(pl_module, [Call("", (batch,))])
+            return
+        with eager(pl_module):
+            calls = example_inputs.from_batch(pl_module, self.module, batch, trainer)
+        self._recorded = example_inputs.describe(calls)
+        self._build(pl_module, calls)
+
+    def _build(self, pl_module: LightningModule, calls: list[Call]) -> None:
+        options = {field.name: getattr(self.options, field.name) for field in fields(self.options)}
+        example = Example.of(calls)
+        if self.options.forward_fn is not None:
+            inputs = calls[0].args[0] if len(calls[0].args) == 1 else calls[0].kwargs or calls[0].args
+            example = Example(inputs, self.options.forward_fn)
+        options["forward_fn"] = example.forward_fn
+        target = self._target(pl_module)
+        with eager(pl_module):
+            self.pruner = GroupNormPruner(
+                target,
+                example.inputs,
+                pruning_ratio=self.pruning_ratio,
+                iterative_steps=self.iterative_steps,
+                **options,
+            )
+            self._example, self._base = example, plan_of(target)
+            self._resume()
+            self._progress.look(self.pruner, example)
+
+    def _resume(self) -> None:
+        if self.pruner is None or self._restored is None:
+            return
+        state, self._restored = self._restored, None
+        if state["pruner"] is not None:
+            self.pruner.load_state_dict(state["pruner"])
+            self._base = Plan.from_dict(state["base"])
+            self._recorded = state["example"]
+            self._progress = Progress(state["initial"])
+
+    def _prune(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pruner, example = self.pruner, self._example
+        assert pruner is not None
+        assert example is not None
+        if not self._base.then(pruner.plan):
+            self.report.look_at_dense(trainer, pl_module)
+        with eager(pl_module):
+            data = decide_on_rank_zero(trainer, lambda: pruner.step(dry_run=True).as_dict())
+            plan = Plan.from_dict(data)
+            pruner.commit(plan, optimizers=trainer.optimizers)
+            for root in averaged_copies(trainer):
+                apply(self._target(root), plan)
+            kept = self._base.then(pruner.plan)
+            for root in (pl_module, *averaged_copies(trainer)):
+                record(self._target(root), kept)
+            pruner.update_regularizer()
+            self._progress.look(pruner, example)
+        follow_cut(trainer, pl_module)
+
+    def _add_penalty(self, trainer: Trainer, optimizer: Optimizer | None) -> None:
+        """Add the gradient of the penalty, on the scale that the task's gradients have now."""
+        share = self._backwards / trainer.accumulate_grad_batches
+        self._backwards = 0
+        if self.pruner is None or not self._is_finite(trainer, self.pruner):
+            return
+        if self._regularizes(trainer.current_epoch):
+            self.pruner.regularize(grad_scale=share * loss_scale(trainer, optimizer))
+
+    def _is_finite(self, trainer: Trainer, pruner: GroupNormPruner) -> bool:
+        wrong = {} if is_scaled(trainer) else non_finite(pruner.model)
+        if not wrong:
+            return True
+        first = next(iter(wrong))
+        if self.options.nan_policy == "raise":
+            raise PruneError(
+                f"the gradient of {first!r} is not finite at step {trainer.global_step}, and nan_policy is "
+                "'raise'; lower the learning rate, clip gradients, or choose nan_policy='skip'"
+            )
+        if self.options.nan_policy == "zero":
+            for grad in wrong.values():
+                grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        if not self._overflows:
+            rank_zero_warn(
+                f"the gradient of {first!r} is not finite at step {trainer.global_step}; nan_policy is "
+                f"{self.options.nan_policy!r}, so such steps are counted as prune/nonfinite_gradients"
+            )
+        self._overflows += 1
+        return self.options.nan_policy == "zero"
+
+
+def _has(root: nn.Module, module: str | None) -> bool:
+    return module is None or any(name == module for name, _ in root.named_modules(remove_duplicate=False))
+
+
+def _ratio(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise OptionError(
+            f"pruning_ratio must be a number in [0, 1), got {value!r}; 0.5 removes half of the units"
+        )
+    return float(value)
+
+
+def _count(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise OptionError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return value
+
+
+def _as_options(options: PruningOptions | dict[str, Any] | None) -> PruningOptions:
+    if isinstance(options, PruningOptions):
+        return options
+    known = [field.name for field in fields(PruningOptions)]
+    for key in options or {}:
+        if key not in known:
+            near = get_close_matches(str(key), known, n=3, cutoff=0.0)
+            raise OptionError(f"options has no field {key!r}; the nearest are {', '.join(near)}")
+    return PruningOptions(**(options or {}))

@@ -1,0 +1,51 @@
+"""How far a prune has come: counts before the first cut and now, as logged numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torchmetrics import Metric
+
+from lightning_prune.cost import measure_cost
+from lightning_prune.example_inputs import Example
+from lightning_prune.metrics import ChannelSparsity, KeptMacs, ParameterSparsity
+from lightning_prune.pruner import GroupNormPruner
+
+__all__ = ["Progress"]
+
+
+class Progress:
+    """Count parameters, units and MACs of a pruner's model, and remember what there was at first.
+
+    Args:
+        initial: Counts before the first cut, from an earlier run's ``initial``; empty: the first look gives
+            them.
+    """
+
+    def __init__(self, initial: Mapping[str, int] | None = None) -> None:
+        self.initial = dict(initial or {})
+        self._metrics: dict[str, tuple[str, Metric]] = {
+            "sparsity": ("parameters", ParameterSparsity()),
+            "channels": ("units", ChannelSparsity()),
+            "macs": ("macs", KeptMacs()),
+        }
+
+    def look(self, pruner: GroupNormPruner, example: Example) -> None:
+        """Count what is there now."""
+        cost = measure_cost(pruner.model, example.inputs, forward_fn=example.forward_fn)
+        units = sum(group.n_units for group in pruner.groups())
+        now = {"parameters": cost.parameters, "units": units, "macs": cost.macs}
+        self.initial = self.initial or now
+        for count, metric in self._metrics.values():
+            if self.initial[count]:
+                metric.update(now[count], self.initial[count])
+
+    def values(self, device: torch.device) -> dict[str, Any]:
+        """Give the shares to log. Every rank must ask, for the metrics meet."""
+        return {
+            name: metric.to(device).compute()
+            for name, (count, metric) in self._metrics.items()
+            if self.initial.get(count)
+        }

@@ -1,0 +1,225 @@
+"""StructuredPruning in a Trainer: when it cuts, what it logs, what it leaves alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_prune.callback import PHASES, StructuredPruning
+from lightning_prune.errors import OptionError, PruneError
+
+pytestmark = [  # Lightning 2.6 on torch 2.13, and advice that a test does not need
+    pytest.mark.filterwarnings(f"ignore:{text}")
+    for text in (".*LeafSpec", ".*does not have many workers", ".*number of training batches")
+]
+CHANNELS = 8
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, CHANNELS, 3, bias=False)
+        self.bn = nn.BatchNorm2d(CHANNELS)
+        self.fc = nn.Linear(CHANNELS, 2)
+
+    def forward(self, x):
+        return self.fc(self.bn(self.conv(x)).relu().mean(dim=(2, 3)))
+
+
+class Plain(LightningModule):
+    """Has a forward of its own; the network is the module."""
+
+    def __init__(self, optimizer="sgd"):
+        super().__init__()
+        self.net, self.kind = Net(), optimizer
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = nn.functional.cross_entropy(self(x), y)
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        if self.kind == "sgd":
+            return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+class NoForward(Plain):
+    """The training step calls the network itself."""
+
+    forward = LightningModule.forward
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+
+def data(n=16, batch_size=4):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, 3, 5, 5, generator=generator)
+    return DataLoader(TensorDataset(x, (x.mean(dim=(1, 2, 3)) > 0).long()), batch_size=batch_size)
+
+
+def fit(model, *callbacks, ckpt_path=None, loader=None, **options):
+    options = {
+        "max_epochs": 2,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+        **options,
+    }
+    trainer = Trainer(callbacks=list(callbacks), **options)
+    trainer.fit(model, loader if loader is not None else data(), ckpt_path=ckpt_path)
+    return trainer
+
+
+def build(cls=Plain, **options):
+    torch.manual_seed(0)
+    return cls(**options)
+
+
+class Quiet(StructuredPruning):
+    """Writes no report."""
+
+    def on_fit_end(self, trainer, pl_module):
+        pass
+
+
+@pytest.mark.parametrize("cls", [Plain, NoForward])
+@pytest.mark.parametrize("start_epoch", [0, 1])
+@pytest.mark.parametrize("module", [None, "net"])
+def test_half_of_the_channels_go_at_the_start_epoch(cls, start_epoch, module):
+    widths = []
+
+    class Watch(Quiet):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+            widths.append((trainer.current_epoch, pl_module.net.conv.out_channels))
+
+    model = build(cls)
+    callback = Watch(0.5, start_epoch=start_epoch, module=module)
+    fit(model, callback)
+    expected = {e: CHANNELS if e < start_epoch else CHANNELS // 2 for e in range(2)}
+    assert all(width == expected[epoch] for epoch, width in widths)
+    assert len(widths) == 8
+    assert callback.pruner.current_step == 1
+    assert model.net.conv.weight.shape == (4, 3, 3, 3)
+    assert model.net.fc.weight.shape == (2, 4)
+
+
+def test_schedule_and_phases_are_logged_every_epoch():
+    seen = []
+
+    class Collect(Quiet):
+        def on_train_epoch_start(self, trainer, pl_module):
+            seen.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("prune/")})
+            super().on_train_epoch_start(trainer, pl_module)
+
+    model = build()
+    callback = Collect(0.5, sparse_start_epoch=1, start_epoch=2, every_n_epochs=2, iterative_steps=2)
+    trainer = fit(model, callback, max_epochs=6)
+    rows = [*seen[1:], {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("prune/")}]
+    assert [PHASES[int(r["prune/phase"])] for r in rows] == [
+        "dense",
+        "sparse",
+        "prune",
+        "sparse",
+        "prune",
+        "fine-tune",
+    ]
+    assert [r["prune/channels"] for r in rows] == [0, 0, 0.25, 0.25, 0.5, 0.5]
+    assert [r["prune/target_reached"] for r in rows] == [0, 0, 0, 0, 1, 1]
+    # conv 8*27, bn 2*8, fc 2*8+2 parameters; 250 in all, 4 channels hold (27 + 2 + 2) * 4 = 124 of them
+    assert rows[-1]["prune/sparsity"] == pytest.approx(124 / 250)
+    assert rows[-1]["prune/macs"] == pytest.approx(0.5)
+
+
+def test_should_prune_can_be_overridden():
+    class Late(Quiet):
+        def should_prune(self, epoch):
+            return epoch == 2 and not self.target_reached
+
+    model = build()
+    fit(model, Late(0.5, start_epoch=0), max_epochs=2)
+    assert model.net.conv.out_channels == CHANNELS
+    fit(model, Late(0.5, start_epoch=0), max_epochs=3)
+    assert model.net.conv.out_channels == CHANNELS // 2
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"pruning_ratio": 1.2}, r"\[0, 1\), got 1.2"),
+        ({"start_epoch": -1}, "start_epoch must be a whole number of at least 0, got -1"),
+        ({"every_n_epochs": 0}, "every_n_epochs"),
+        ({"iterative_steps": 1.5}, "iterative_steps"),
+        ({"options": {"round_too": 8}}, "no field 'round_too'; the nearest are round_to"),
+        ({"options": {"pruning_ratio": 0.5}}, "no field 'pruning_ratio'"),
+    ],
+)
+def test_wrong_options_are_named(options, match):
+    with pytest.raises(OptionError, match=match):
+        StructuredPruning(**options)
+
+
+def test_unknown_module_is_named_before_training():
+    with pytest.raises(OptionError, match="'nett' names no submodule of Plain; the nearest are .*'net'"):
+        fit(build(), Quiet(module="nett"))
+
+
+def test_a_second_fit_goes_on_with_the_pruned_network_and_cuts_no_further():
+    model, callback = build(), Quiet(0.5)
+    fit(model, callback)
+    fit(model, callback)
+    assert model.net.conv.out_channels == CHANNELS // 2
+
+
+def test_the_callback_leaves_random_states_and_loaders_alone():
+    """A run whose callback never cuts nor regularises equals one without it, shuffling included."""
+
+    def run(*callbacks):
+        model, loader = build(), data()
+        torch.manual_seed(3)
+        fit(model, *callbacks, loader=DataLoader(loader.dataset, batch_size=4, shuffle=True))
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    class Never(Quiet):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if self.pruner is None:  # as for a cut at epoch 0
+                from lightning_prune import example_inputs
+
+                self._build_from_batch(trainer, pl_module, example_inputs.take_batch(trainer, pl_module))
+            super().on_train_epoch_start(trainer, pl_module)
+
+        def should_prune(self, epoch):
+            return False
+
+    assert torch.equal(run(), run(Never(sparse_start_epoch=9)))
+    assert torch.equal(run(), run(Never(sparse_start_epoch=9, options={"reg": 1.0})))
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip", "zero"])
+def test_gradients_that_are_not_finite_follow_the_policy(policy):
+    class Bad(Plain):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * float("nan") if batch_idx == 1 else loss
+
+    model = build(Bad)
+    callback = Quiet(0.5, start_epoch=5, options={"nan_policy": policy})
+    if policy == "raise":
+        with pytest.raises(PruneError, match=r"gradient of 'net.conv.weight' is not finite at step 1"):
+            fit(model, callback, max_epochs=1)
+        return
+    with pytest.warns(UserWarning, match=r"gradient of 'net.conv.weight' is not finite at step 1"):
+        trainer = fit(model, callback, max_epochs=1)
+    assert trainer.callback_metrics["prune/nonfinite_gradients"] == (1 if policy == "zero" else 3)
+    assert all(torch.isfinite(p).all() for p in model.parameters()) == (policy == "zero")

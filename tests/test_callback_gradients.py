@@ -1,0 +1,117 @@
+"""The gradient that the callback adds equals an explicit loss term's, whatever a Trainer does to them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins import MixedPrecision
+from test_callback import Plain, Quiet, build, data, pytestmark  # noqa: F401 - applies the same filters
+from torch import nn
+
+REG = 0.05
+
+
+def penalty(net):
+    """``reg / 2 * sum_k gamma_k I_k`` over the conv's channels; alpha is 0, so every gamma is 1."""
+    return REG / 2 * sum(w.square().sum() for w in (net.conv.weight, net.bn.weight, net.fc.weight))
+
+
+class Automatic(Plain):
+    def __init__(self, explicit, optimizer="sgd", skip=()):
+        super().__init__(optimizer)
+        self.explicit, self.skip = explicit, skip
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx in self.skip:
+            return None
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+        return loss + penalty(self.net) if self.explicit else loss
+
+    def configure_optimizers(self):
+        if self.kind == "fused":
+            return torch.optim.AdamW(self.parameters(), lr=1e-2, fused=True)
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class Manual(Automatic):
+    """Two optimizers that step in turn; each loss carries the penalty of its own parameters."""
+
+    def __init__(self, explicit):
+        super().__init__(explicit)
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        first, second = [*self.net.conv.parameters(), *self.net.bn.parameters()], self.net.fc.parameters()
+        return [torch.optim.SGD(group, lr=0.1, momentum=0.9) for group in (first, second)]
+
+    def training_step(self, batch, batch_idx):
+        net, (one, two) = self.net, self.optimizers()
+        for optimizer, held in ((one, (net.conv.weight, net.bn.weight)), (two, (net.fc.weight,))):
+            loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+            own = REG / 2 * sum(w.square().sum() for w in held)
+            optimizer.zero_grad()
+            self.manual_backward(loss + own if self.explicit else loss)
+            optimizer.step()
+
+
+def half():
+    return {"plugins": MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))}
+
+
+CASES = {
+    "fp32": (Automatic, {}, dict, 1e-6),
+    "accumulated": (Automatic, {}, lambda: {"accumulate_grad_batches": 4}, 1e-6),
+    "short last group": (Automatic, {}, lambda: {"accumulate_grad_batches": 5}, 1e-6),
+    "clipped": (Automatic, {}, lambda: {"gradient_clip_val": 0.1}, 1e-6),
+    "bf16": (Automatic, {}, lambda: {"precision": "bf16-mixed"}, 1e-6),
+    "fp16": (Automatic, {}, half, 1e-5),
+    "fp16 accumulated": (Automatic, {}, lambda: {**half(), "accumulate_grad_batches": 2}, 1e-5),
+    "fp16 fused": (Automatic, {"optimizer": "fused"}, half, 1e-4),
+    "no loss": (Automatic, {"skip": (1,)}, dict, 1e-6),
+    "no loss, first of two": (Automatic, {"skip": (2,)}, lambda: {"accumulate_grad_batches": 2}, 1e-6),
+    "no loss, last of two": (Automatic, {"skip": (3,)}, lambda: {"accumulate_grad_batches": 2}, 1e-6),
+    "manual": (Manual, {}, dict, 1e-6),
+    "fp16 manual": (Manual, {}, half, 1e-5),
+}
+
+
+def train(cls, explicit, options, trainer_options):
+    model = build(cls, explicit=explicit, **options)
+    callbacks = [] if explicit else [Quiet(start_epoch=9, options={"reg": REG, "alpha": 0.0})]
+    trainer = Trainer(
+        max_epochs=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+        callbacks=callbacks,
+        **trainer_options,
+    )
+    trainer.fit(model, data(24))
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.filterwarnings("ignore:.*training_step. returned .None.")
+@pytest.mark.parametrize(("cls", "options", "trainer_options", "tolerance"), CASES.values(), ids=CASES)
+def test_equals_an_explicit_loss_term(cls, options, trainer_options, tolerance):
+    explicit = train(cls, True, options, trainer_options())
+    ours = train(cls, False, options, trainer_options())
+    assert torch.allclose(ours, explicit, rtol=0, atol=tolerance), (ours - explicit).abs().max()
+
+
+def test_the_penalty_is_felt():
+    """Guards the comparison above: without the penalty the weights are elsewhere."""
+    unpenalised = Trainer(
+        max_epochs=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+    )
+    model = build(Automatic, explicit=False)
+    unpenalised.fit(model, data(24))
+    without = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert (without - train(Automatic, True, {}, {})).abs().max() > 1e-2
