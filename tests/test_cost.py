@@ -2,12 +2,13 @@
 
 import random
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.backends import mha, mkldnn
+from torch.backends import cuda, mha, mkldnn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -35,7 +36,7 @@ class Attention(nn.Module):
 
 
 class Llama(nn.Module):
-    """A block as in Llama: 4 query heads of 4 on 2 key/value heads, causal; gated feed-forward; tied embedding."""
+    """A block as in Llama: 4 query heads of 4 on 2 key/value heads, causal, gated, tied embedding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,6 +178,40 @@ class Recursive(nn.Module):
 
 def test_a_module_that_calls_itself_counts_once() -> None:
     assert measure_cost(Nested(), sequence(1, 4)).macs_by_module == {"": 32, "inner": 32, "inner.linear": 32}
+
+
+class Forgiving(nn.Module):
+    """Multiplies, fails inside a child, and goes on with the same child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = Recursive()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with suppress(TypeError):
+            self.child(x, "not a number")
+        return self.child(x, 1)
+
+
+def test_a_call_that_fails_and_is_caught_counts_what_it_computed() -> None:
+    assert measure_cost(Forgiving(), sequence(1, 4)).macs_by_module == {
+        "": 32,
+        "child": 32,
+        "child.linear": 32,
+    }
+
+
+def test_the_count_uses_plain_attention_and_no_gradients() -> None:
+    def flags() -> tuple[bool, bool, bool]:
+        return cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), torch.is_grad_enabled()
+
+    seen = []
+    model = nn.Identity()
+    model.register_forward_hook(lambda *_: seen.append(flags()))
+    before = flags()
+    measure_cost(model, sequence(1))
+    assert seen == [(False, False, False)]
+    assert flags() == before
 
 
 def test_inputs_by_position_by_keyword_and_by_function() -> None:
