@@ -175,7 +175,7 @@ def masked_twin(dense: nn.Module, plan: Plan, survivors: Survivors | None = None
     Args:
         dense: The model before pruning; it is not touched.
         plan: What is kept.
-        survivors: For norms without ``weight``: ``{module: {dim of its shape: (tensor, dim of tensor)}}``, the
+        survivors: For norms with no weight: ``{module: {dim of its shape: (tensor, dim of tensor)}}``, the
             cut whose kept positions are those that the statistics see.
     """
     twin = copy.deepcopy(dense).double().eval()

@@ -7,6 +7,8 @@ import copy
 import pytest
 import torch
 from nets import randomise
+from nets_attention import Separate, Vit, tokens
+from nets_language import RMSNorm, StandardConv, ids
 from oracle import (
     assert_exact,
     assert_same_objects,
@@ -202,3 +204,55 @@ def test_the_twin_leaves_the_original_alone() -> None:
     assert all(
         torch.equal(t, before[n]) and t.dtype == before[n].dtype for n, t in dense.state_dict().items()
     )
+
+
+def _attention_plan() -> Plan:
+    """Of two heads of four dimensions each keeps two; q and k the same, v and the projection others."""
+    qk, v = (0, 3, 5, 6), (1, 2, 4, 7)
+    cuts = [Cut(f"att.{n}.{p}", 0, 8, v if n == "v" else qk) for n in "qkv" for p in ("weight", "bias")]
+    return Plan(cuts=(*cuts, Cut("att.proj.weight", 1, 8, v)))
+
+
+def _cut_attention(dense: nn.Module, plan: Plan, style: str) -> nn.Module:
+    small = Vit(Separate(style=style))
+    for n in "qkv":
+        setattr(small.att, n, nn.Linear(8, 4))
+    small.att.proj = nn.Linear(4, 8)
+    return _load_sliced(small, dense, plan)
+
+
+def test_head_dims_with_the_scale_kept_pass_and_with_a_new_scale_fail() -> None:
+    plan = _attention_plan()
+    dense = randomise(Vit(Separate(style="matmul")), 5)
+    assert_exact(dense, _cut_attention(dense, plan, "matmul"), plan, tokens())
+    dense = randomise(Vit(Separate(style="sdpa")), 5)
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_exact(dense, _cut_attention(dense, plan, "sdpa"), plan, tokens())
+
+
+def test_heads_cut_alike_in_number_but_not_matched_fail() -> None:
+    plan = _attention_plan()
+    wrong = Plan(cuts=tuple(Cut(c.tensor, 0, 8, (1, 2, 4, 6)) if ".q." in c.tensor else c for c in plan.cuts))
+    dense = randomise(Vit(Separate(style="matmul")), 5)
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_exact(dense, _cut_attention(dense, wrong, "matmul"), wrong, tokens())
+
+
+def test_a_norm_written_by_hand_takes_statistics_over_the_survivors() -> None:
+    def build(width: int) -> nn.Module:
+        return nn.Sequential(nn.Embedding(11, width), RMSNorm(width), nn.Linear(width, 3))
+
+    keep = (0, 2, 5)
+    plan = Plan(cuts=(Cut("0.weight", 1, 8, keep), Cut("1.weight", 0, 8, keep), Cut("2.weight", 1, 8, keep)))
+    dense = randomise(build(8), 6)
+    assert_exact(dense, _load_sliced(build(3), dense, plan), plan, ids())
+
+
+def test_standardised_weights_take_statistics_over_the_surviving_inputs() -> None:
+    def build(width: int) -> nn.Module:
+        return nn.Sequential(StandardConv(3, width, 3), nn.Tanh(), StandardConv(width, 4, 3))
+
+    keep = (1, 2, 6)
+    plan = Plan(cuts=(Cut("0.weight", 0, 8, keep), Cut("0.bias", 0, 8, keep), Cut("2.weight", 1, 8, keep)))
+    dense = randomise(build(8), 7)
+    assert_exact(dense, _load_sliced(build(3), dense, plan), plan, IMAGE)

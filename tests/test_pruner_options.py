@@ -24,7 +24,7 @@ def mlp(a: int = 8, b: int = 6) -> nn.Sequential:
 
 
 def branches(*norms: list[float]) -> nn.Module:
-    """Parallel one-input branches ``b0, b1, ...`` of one structure; unit k of branch i has I_k = norms[i][k]."""
+    """Parallel branches ``b0, b1, ...`` of one structure; unit k of branch i has I_k = norms[i][k]."""
 
     def run(m: Net, x: Tensor) -> Tensor:
         return sum(
