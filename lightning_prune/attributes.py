@@ -74,6 +74,8 @@ def remember(root: object, path: str) -> Callable[[], None]:
     old, own = getattr(holder, name), name in getattr(holder, "__dict__", {})
 
     def undo() -> None:
+        if getattr(holder, name) is old:  # nothing to do, and it may be a property that cannot be set
+            return
         if own or name not in getattr(holder, "__dict__", {}):
             setattr(holder, name, old)
         else:

@@ -222,5 +222,5 @@ def _check(item: _Carried) -> None:
         if any(n not in {full, 1} for n, full in zip(value.shape, shape, strict=True)):
             raise PruneError(
                 f"{type(item.optimizer).__name__}: {key!r} has shape {tuple(value.shape)}, its parameter has "
-                f"{shape}; a fused optimizer would run on it silently. Report this, or register a state slicer"
+                f"{shape}; a fused optimizer would run on it silently. Report this, or register a slicer"
             )
