@@ -53,13 +53,17 @@ test-all: $(VENV)/.zoo ## Run every test except the benchmarks and those that ne
 	$(WITH_ZOO) $(PYTEST) -n $(JOBS) -m "(zoo or zoo_fast) and not gpu" tests
 	$(PYTEST) -m "multiprocess and not gpu" tests
 
-# The lower bounds of pyproject.toml become pins; everything else is as new as those allow.
+# The lower bounds of pyproject.toml become pins; what it does not name itself stays as in constraints.txt.
+OLDEST := $(VENV)-oldest
 test-oldest: ## Run the fast tests with the oldest dependencies that pyproject.toml allows
-	$(PYTHON) -m venv $(VENV)-oldest
-	$(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
-		| sed 's/>=/==/' > $(VENV)-oldest/pins.txt
-	$(VENV)-oldest/bin/python -m pip install --quiet --constraint $(VENV)-oldest/pins.txt --editable '.[dev]'
-	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(JOBS) tests
+	$(PYTHON) -m venv $(OLDEST)
+	$(PYTHON) -c "import tomllib; \
+		print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+		| sed 's/>=/==/' > $(OLDEST)/pins.txt
+	sed 's/^/^/; s/==.*/==/' $(OLDEST)/pins.txt > $(OLDEST)/names.txt
+	grep -v -f $(OLDEST)/names.txt constraints.txt >> $(OLDEST)/pins.txt
+	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/pins.txt --editable '.[dev]'
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS) tests
 
 zoo: $(VENV)/.zoo ## Prune the networks of timm, torchvision and transformers and compare each with its mask
 	$(WITH_ZOO) $(PYTEST) -n $(JOBS) -m "zoo or zoo_fast" tests

@@ -28,7 +28,7 @@ SET_BY_LIGHTNING = {"PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUBLAS_WORKSPACE_CONFI
 
 
 def _import_torchvision() -> None:
-    """Let a torchvision built for another torch be imported: its models need none of its compiled operators."""
+    """Let a torchvision built for another torch be imported: its models need no compiled operator."""
     if find_spec("torchvision") is None:
         return
     try:
@@ -80,6 +80,8 @@ def no_leaks() -> Iterator[None]:
     os.environ.clear()
     os.environ.update(environment)
     torch.use_deterministic_algorithms(deterministic)
+    torch.set_default_dtype(watched["default dtype"])  # so that one leak fails one test
+    torch.set_grad_enabled(watched["grad mode"])
     changed = {
         name: (watched.get(name), left.get(name))
         for name in watched | left

@@ -21,7 +21,8 @@ SETUPTOOLS = PROJECT["tool"]["setuptools"]
 
 def _packages_on_disk() -> set[str]:
     found = {
-        ".".join(file.parent.relative_to(ROOT).parts) for file in (ROOT / "lightning_prune").rglob("__init__.py")
+        ".".join(file.parent.relative_to(ROOT).parts)
+        for file in (ROOT / "lightning_prune").rglob("__init__.py")
     }
     return found | {"lightning_prune.conf"}
 
@@ -54,7 +55,9 @@ def test_the_wheel_holds_every_source_file(wheel: Path) -> None:
 
 
 def test_the_wheel_holds_every_configuration_file(wheel: Path) -> None:
-    configs = {f"lightning_prune/{file.relative_to(ROOT).as_posix()}" for file in (ROOT / "conf").rglob("*.yaml")}
+    configs = {
+        f"lightning_prune/{file.relative_to(ROOT).as_posix()}" for file in (ROOT / "conf").rglob("*.yaml")
+    }
     shipped = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".yaml")}
     assert shipped == configs
     assert configs, "conf/ holds no configuration at all"
@@ -87,7 +90,9 @@ def test_no_cuda_package_is_pinned() -> None:
 
 
 def test_the_changelog_agrees_with_the_version() -> None:
-    headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    headings = re.findall(
+        r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
     assert headings[0] == "Unreleased"
     if ".dev" in lightning_prune.__version__:  # between releases: the version to come has no heading yet
         assert lightning_prune.__version__.partition(".dev")[0] not in headings
