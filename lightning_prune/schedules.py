@@ -103,7 +103,7 @@ def resolve(schedule: str | Schedule, target: float, steps: int) -> list[float]:
 
 
 def _check_request(target: Any, steps: Any) -> None:
-    if isinstance(target, bool) or not isinstance(target, Real) or not 0 <= target < 1:
+    if isinstance(target, bool) or not isinstance(target, Real) or not 0 <= float(target) < 1:
         raise OptionError(f"a pruning ratio must be a number in [0, 1), got {target!r}")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise OptionError(f"iterative_steps must be a whole number of at least 1, got {steps!r}")

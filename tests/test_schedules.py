@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -36,9 +37,9 @@ def test_every_schedule_starts_at_nothing_and_ends_exactly_at_the_target(name, t
 
 def test_cubic_removes_most_at_first_and_exponential_keeps_a_constant_factor():
     cubic, exponential = resolve("cubic", 0.8, 5), resolve("exponential", 0.8, 5)
-    removed = [b - a for a, b in zip(cubic, cubic[1:], strict=False)]
+    removed = [b - a for a, b in pairwise(cubic)]
     assert removed == sorted(removed, reverse=True)
-    factors = [(1 - b) / (1 - a) for a, b in zip(exponential, exponential[1:], strict=False)]
+    factors = [(1 - b) / (1 - a) for a, b in pairwise(exponential)]
     assert factors == pytest.approx([0.2**0.2] * 5)
 
 
@@ -82,7 +83,7 @@ def test_a_wrong_schedule_is_named(found, message):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(OptionError, match="linear, cubic, exponential, one_shot.*'cosine'"):
+    with pytest.raises(OptionError, match=r"linear, cubic, exponential, one_shot.*'cosine'"):
         resolve("cosine", 0.5, 2)
 
 

@@ -1,0 +1,371 @@
+"""The regulariser of DepGraph (CVPR 2023, section 3.3): gradients that press weak units towards zero.
+
+For unit k of a group, ``I_k`` is the sum of squares of all that it owns, and
+
+    gamma_k = 2 ** (alpha * (I_max - I_k) / (I_max - I_min))    from 1 (strongest) to 2 ** alpha (weakest)
+    penalty = reg / 2 * sum_k gamma_k * I_k                     gamma held constant
+    grad   += reg * gamma_k * w                                 for every element w of unit k
+
+which is what Torch-Pruning 1.6.1 computes, constants included. An element of two groups gets both. Weight
+decay in the optimizer shrinks the same weights again; switch it off while this runs, or count it in.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_prune.errors import OptionError, PruneError, StaleGraphError
+from lightning_prune.groups import Group
+from lightning_prune.layout import plan_blocks
+from lightning_prune.members import check_nan_policy, non_finite, real, scored_members
+
+__all__ = ["Regularizer"]
+
+# Elements per chunk: 2 MB of float32, which a cache holds; an accelerator wants fewer, larger kernels.
+CHUNK_CPU = 1 << 19
+CHUNK_DEVICE = 1 << 23
+MAX_ALPHA = 64.0
+
+
+class Regularizer:
+    """Adds the gradient of the group penalty, at about the memory traffic of one optimizer step.
+
+    All indices are made here, once, and live on the parameters' device; a step neither copies them nor waits
+    for an accelerator. Build a new one after a cut.
+
+    Args:
+        groups: The groups to press; leave out those that are ignored or have ratio 0.
+        tensors: All named parameters. Frozen ones, and those whose ``grad`` is None or sparse, count in
+            ``I_k`` but are never written to.
+        reg: Strength, >= 0.
+        alpha: Shape, in [0, 64]; the weakest unit is pressed ``2 ** alpha`` times as hard as the strongest.
+        include_bias: Whether biases count, in ``I_k`` and in the gradient.
+        nan_policy: What a non-finite weight does. ``skip``: its groups rest for that step; ``skipped``
+            counts. ``zero``: the element counts as 0 and gets no gradient. ``raise``: PruneError. On a CPU
+            at once, before anything is written; an accelerator is not waited for, there the groups rest
+            until ``check`` warns or raises. Nothing non-finite is written under any policy.
+        update_every: Scores and gammas are computed anew every so many calls of ``apply``.
+
+    Raises:
+        OptionError: If an option is out of range.
+
+    Example:
+        >>> from lightning_prune.groups import Group, Member
+        >>> weight = torch.nn.Parameter(torch.tensor([[1.0], [2.0]]))
+        >>> weight.grad = torch.zeros_like(weight)
+        >>> rows = Member("weight", 0, 1, 2, np.arange(2), np.arange(2))
+        >>> group = Group("weight:0", "channel", np.arange(2), (rows,), "")
+        >>> Regularizer([group], {"weight": weight}, reg=0.1, alpha=1.0).apply()
+        >>> weight.grad.flatten()
+        tensor([0.2000, 0.2000])
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        tensors: Mapping[str, Tensor],
+        *,
+        reg: float = 1e-4,
+        alpha: float = 4.0,
+        include_bias: bool = False,
+        nan_policy: str = "skip",
+        update_every: int = 1,
+    ) -> None:
+        self.reg = _checked("reg", reg, math.inf)
+        self.alpha = _checked("alpha", alpha, MAX_ALPHA)
+        self.nan_policy = check_nan_policy(nan_policy)
+        if isinstance(update_every, bool) or not isinstance(update_every, int) or update_every < 1:
+            raise OptionError(f"update_every must be a whole number of at least 1, got {update_every!r}")
+        self.update_every = update_every
+        self._groups = [g for g in groups if g.n_units]
+        self._parameters = dict(tensors)
+        self._members = [scored_members(g, tensors, include_bias=include_bias) for g in self._groups]
+        self._warned = False
+        # Calls of apply since the last refresh; None before the first one.
+        self._age: int | None = None
+        self._build()
+        self.skipped = torch.zeros((), dtype=torch.int64, device=self._device)
+
+    @property
+    def low_precision(self) -> tuple[str, ...]:
+        """Names of the parameters whose gradients keep under 24 bits.
+
+        There an addition far below the gradient's own size rounds to nothing, and so may the penalty. Mixed
+        precision with float32 weights (``bf16-mixed``, ``16-mixed``) has none of these.
+        """
+        names = dict.fromkeys(block.tensor for block in self._blocks)
+        return tuple(n for n in names if torch.finfo(self._parameters[n].dtype).eps > 2**-23)
+
+    @property
+    def coefficients(self) -> list[Tensor]:
+        """Per group, the gammas of the last refresh, [n_units]; 0 where the group rests."""
+        if self._age is None:
+            self.refresh()
+        return list(torch.split(self._gamma, [g.n_units for g in self._groups])) if self._groups else []
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Compute scores and gammas from the weights as they are now.
+
+        Raises:
+            StaleGraphError: If a parameter has another shape than when this was built.
+            PruneError: If ``nan_policy`` is ``raise``, a weight is not finite, and the device is a CPU.
+        """
+        self._follow()
+        self._age = 0
+        if not self._blocks:
+            return
+        views = [b.look(real(self._parameters[b.tensor].detach())) for b in self._blocks]
+        sums = self._sums(views, clean=False)
+        self._dirty = ~sums.isfinite().all()
+        if self.nan_policy == "zero" and self._is_dirty():
+            sums = self._sums(views, clean=True)
+        self._set_gamma(self._unit_sums(sums))
+        self._notice()
+
+    @torch.no_grad()
+    def apply(self, grad_scale: float | Tensor = 1.0) -> None:
+        """Add the penalty's gradient to every ``grad``, in place.
+
+        Args:
+            grad_scale: The loss scale that the gradients carry (AMP); a tensor stays on its device.
+
+        Raises:
+            OptionError: If ``grad_scale`` is a number that is not finite.
+            StaleGraphError: If a parameter has another shape than when this was built.
+            PruneError: If ``nan_policy`` is ``raise``, a weight is not finite, and the device is a CPU.
+        """
+        if not isinstance(grad_scale, Tensor) and not math.isfinite(float(grad_scale)):
+            raise OptionError(f"grad_scale must be a finite number, got {grad_scale!r}")
+        if self._age is None or self._age >= self.update_every:
+            self.refresh()
+        else:
+            self._follow()
+            self._watch()
+        self._age = (self._age or 0) + 1
+        if self._blocks and self.reg:
+            self.skipped += self._resting.sum()
+            self._write(grad_scale)
+
+    @torch.no_grad()
+    def penalty(self) -> Tensor:
+        """Give ``reg / 2 * sum gamma * I`` of the last refresh, a scalar; groups that rest add nothing."""
+        if self._age is None:
+            self.refresh()
+        return self.reg / 2 * (self._gamma * self._scores).sum()
+
+    def check(self) -> None:
+        """Look at what was found not finite since the last look. Waits for the device: call it when logging.
+
+        Raises:
+            PruneError: If ``nan_policy`` is ``raise`` and something was found.
+
+        Warns:
+            UserWarning: Once, with the tensors' names, under the other policies.
+        """
+        if not self._blocks or (self._warned and self.nan_policy != "raise") or not bool(self._seen):
+            return
+        self._seen.zero_()
+        names = non_finite((block.tensor for block in self._blocks), self._parameters)
+        rested = [g.name for g, r in zip(self._groups, self._rested.tolist(), strict=True) if r]
+        where = f"NaN or infinity in {_listed(names)}"
+        if not names:
+            where = f"sums of squares of {_listed(rested)} that were not finite, though the weights are now"
+        if self.nan_policy == "raise":
+            raise PruneError(
+                f"the regulariser found {where} (nan_policy='raise'); no gradient was touched there"
+            )
+        fate = (
+            "such values count as 0" if self.nan_policy == "zero" else "the groups concerned rest meanwhile"
+        )
+        warnings.warn(f"the regulariser found {where}; {fate} (nan_policy={self.nan_policy!r})", stacklevel=2)
+        self._warned = True
+
+    def _build(self) -> None:
+        """Make every index, for the layout, type and device that the parameters have now."""
+        seen = {name: real(t.detach()) for name, t in self._parameters.items()}
+        members = [m for group in self._members for m in group]
+        self._blocks = plan_blocks(seen, ((m.tensor, m.dim, m.rows) for m in members))
+        self._signature = [_facts(self._parameters[b.tensor]) for b in self._blocks]
+        self._vectors = sum(b.is_vector for b in self._blocks)
+        first = seen[self._blocks[0].tensor] if self._blocks else torch.empty(0)
+        wide = any(seen[b.tensor].dtype == torch.float64 for b in self._blocks)
+        self._device, self._dtype = first.device, torch.float64 if wide else torch.float32
+        limit = CHUNK_CPU if self._device.type == "cpu" else CHUNK_DEVICE
+        self._steps = [b.step(limit) for b in self._blocks]
+        self._scratch = max(
+            (s * math.prod(b.view[1:]) for s, b in zip(self._steps, self._blocks, strict=True)), default=0
+        )
+        self._index()
+        self._age = None
+        self._seen = torch.zeros((), dtype=torch.bool, device=self._device)
+        self._dirty = self._seen.clone()
+        self._gamma = torch.ones(len(self._group_of), dtype=self._dtype, device=self._device)
+        self._scores = torch.zeros_like(self._gamma)
+        self._resting = torch.zeros(len(self._groups), dtype=torch.bool, device=self._device)
+        self._rested = self._resting.clone()
+
+    def _index(self) -> None:
+        """Map positions to units and units to groups."""
+        starts = {(b.tensor, s.dim, s.rows): s.start for b in self._blocks for s in b.slots}
+        take, into, group_of, base = [], [], [], 0
+        for number, (group, members) in enumerate(zip(self._groups, self._members, strict=True)):
+            for m in members:
+                take.append(m.index + starts[m.tensor, m.dim, m.rows])
+                into.append(m.unit + base)
+            group_of.append(np.full(group.n_units, number))
+            base += group.n_units
+        positions, units = _joined(take), _joined(into)
+        order = np.argsort(units, kind="stable")
+        ends = np.concatenate([[0], np.cumsum(np.bincount(units, minlength=base))])
+        # Sorted by unit, so that sums run over segments: the same result on every rank and in every run.
+        self._take = torch.from_numpy(positions[order].astype(np.int32)).to(self._device)
+        self._into = torch.from_numpy(units[order].astype(np.int32)).to(self._device)
+        self._ends = torch.from_numpy(ends).to(self._device)
+        self._group_of = torch.from_numpy(_joined(group_of)).to(self._device)
+        self._positions = max((s.stop for b in self._blocks for s in b.slots), default=0)
+        rank = {b.tensor: i for i, b in enumerate(self._blocks)}
+        pairs = sorted({(rank[m.tensor], g) for g, members in enumerate(self._members) for m in members})
+        self._touch = torch.tensor(pairs, dtype=torch.int64, device=self._device).view(-1, 2)
+
+    def _follow(self) -> None:
+        """Rebuild after a change of device, type or memory format.
+
+        Raises:
+            StaleGraphError: If a shape changed: the groups then describe another model.
+        """
+        now = [_facts(self._parameters[b.tensor]) for b in self._blocks]
+        if now == self._signature:
+            return
+        for block, (shape, *_), (before, *_) in zip(self._blocks, now, self._signature, strict=True):
+            if shape != before:
+                raise StaleGraphError(
+                    f"the regulariser was built for {block.tensor!r} of shape {list(before)}, it has "
+                    f"{list(shape)} now; call update_regularizer() after a cut"
+                )
+        self._build()
+        self.skipped = self.skipped.to(self._device)
+
+    def _is_dirty(self) -> bool:
+        """Whether something may not be finite; an accelerator is not asked, the answer there is yes."""
+        return self._device.type != "cpu" or bool(self._dirty)
+
+    def _sums(self, views: Sequence[Tensor], *, clean: bool) -> Tensor:
+        """Sum squares per position, [positions]."""
+        if clean:
+            views = [v.nan_to_num(0, 0, 0) for v in views]
+        n = self._vectors
+        parts = [torch.cat([v.flatten() for v in views[:n]]).to(self._dtype).square()] if n else []
+        scratch = torch.empty(self._scratch, dtype=self._dtype, device=self._device)
+        for block, view, step in zip(self._blocks[n:], views[n:], self._steps[n:], strict=True):
+            parts += block.sums(view, scratch, step)
+        return torch.cat(parts)
+
+    def _unit_sums(self, sums: Tensor) -> Tensor:
+        taken = sums.index_select(0, self._take)
+        return torch.segment_reduce(taken, "sum", offsets=self._ends, initial=0, unsafe=True)
+
+    def _set_gamma(self, scores: Tensor) -> None:
+        finite = scores.isfinite()
+        bad = torch.zeros_like(self._resting, dtype=self._dtype)
+        self._resting = bad.index_add_(0, self._group_of, (~finite).to(self._dtype)) > 0
+        self._scores = torch.where(finite, scores, 0)
+        per_group = torch.zeros_like(bad)
+        ends = [
+            per_group.scatter_reduce(0, self._group_of, self._scores, kind, include_self=False)
+            for kind in ("amax", "amin")
+        ]
+        highest, span = ends[0][self._group_of], (ends[0] - ends[1])[self._group_of]
+        # Equal units: 0 / 1, so gamma is 1.
+        weakness = (highest - self._scores) / torch.where(span > 0, span, 1)
+        self._gamma = torch.where(self._resting[self._group_of], 0, torch.exp2(self.alpha * weakness))
+        self._set_factors(self._gamma)
+
+    def _set_factors(self, gamma: Tensor) -> None:
+        """Add up per position what the groups that reach it ask for."""
+        flat = torch.zeros(self._positions, dtype=self._dtype, device=self._device)
+        self._flat = flat.index_add_(0, self._take, gamma.index_select(0, self._into)).mul_(self.reg)
+
+    def _watch(self) -> None:
+        """Look for weights that stopped being finite since the gammas were computed."""
+        if not self._blocks:
+            return
+        tensors = [self._parameters[b.tensor].detach() for b in self._blocks]
+        if self._device.type == "cpu":
+            # A plain sum is the cheapest pass that NaN and infinity survive.
+            found = torch.stack([real(t).sum(dtype=self._dtype) for t in tensors])
+        else:
+            found = torch.stack(torch._foreach_norm(tensors, 1)).to(self._dtype)
+        sick = ~found.isfinite()
+        self._dirty = sick.any()
+        if self.nan_policy == "zero":
+            self._notice()
+        elif self._device.type != "cpu":
+            hit = torch.zeros_like(self._resting, dtype=self._dtype)
+            hit.index_add_(0, self._touch[:, 1], sick[self._touch[:, 0]].to(self._dtype))
+            self._resting = hit > 0
+            self._set_factors(torch.where(self._resting[self._group_of], 0, self._gamma))
+            self._notice()
+        elif bool(self._dirty | self._resting.any()):
+            self.refresh()
+
+    def _notice(self) -> None:
+        """Remember on the device what was found; a CPU is asked at once."""
+        self._seen |= self._dirty
+        self._rested |= self._resting
+        if self._device.type == "cpu":
+            self.check()
+
+    def _write(self, grad_scale: float | Tensor) -> None:
+        flat, clean = self._flat, self._is_dirty()
+        if isinstance(grad_scale, Tensor) or grad_scale != 1:
+            flat = flat * grad_scale
+        scratch = torch.empty(self._scratch, dtype=self._dtype, device=self._device)
+        targets, updates = [], []
+        for block, step in zip(self._blocks, self._steps, strict=True):
+            parameter = self._parameters[block.tensor]
+            grad = parameter.grad
+            if not parameter.requires_grad or grad is None or grad.is_sparse:
+                continue
+            view, factors = block.look(real(parameter.detach())), block.spread(flat)
+            try:
+                into = block.look(real(grad))
+            except RuntimeError:  # the gradient lies otherwise in memory than its parameter
+                update = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                targets.append(grad)
+                updates.append(update)
+                into = block.look(real(update))
+            block.add_scaled(into, view, factors, scratch, step=step, clean=clean)
+        if targets:
+            torch._foreach_add_(targets, updates)
+
+
+def _facts(tensor: Tensor) -> tuple[Any, ...]:
+    return (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
+def _joined(parts: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def _checked(name: str, value: Any, most: float) -> float:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not 0 <= value <= most
+        or value == math.inf
+    ):
+        limit = "" if most == math.inf else f" and at most {most:g}"
+        raise OptionError(f"{name} must be a finite number of at least 0{limit}, got {value!r}")
+    return float(value)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
