@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from lightning_prune.cutting import set_tensor_data
 from lightning_prune.errors import CheckpointMismatchError, PlanError
 from lightning_prune.plan import Plan
-from lightning_prune.structure import ADVICE, Shapes, confirm, is_guess, is_noted, note, plan_of, take_on
+from lightning_prune.structure import (
+    ADVICE,
+    Shapes,
+    confirm,
+    is_guess,
+    is_noted,
+    note,
+    plan_of,
+    take_on,
+)
 
 __all__ = [
     "KEY",
@@ -112,7 +121,7 @@ def load_pruned_state(
     >>> model
     Linear(in_features=3, out_features=1, bias=False)
     """
-    tensors = state.get("state_dict", state)
+    tensors = state.get("state_dict", state) if isinstance(state, Mapping) else state
     if not isinstance(tensors, Mapping):
         raise CheckpointMismatchError(
             f"a state dict was expected, got {type(tensors).__name__}; pass what torch.load gave"
@@ -123,7 +132,7 @@ def load_pruned_state(
     _check_values(own)
     if strict:
         _check_keys(model, own)
-    _adopt(model, wanted, _shapes_below(own, ""))
+    _adopt(model, wanted, _shapes_below(own, ""), complete=True)
     return model.load_state_dict(own, strict=strict)
 
 
@@ -231,8 +240,10 @@ def _resize_before_load(
     _adopt(module, {**_present(module), **plans}, shapes)
 
 
-def _adopt(root: nn.Module, wanted: Mapping[str, Plan | None], shapes: Shapes) -> None:
-    for module in take_on(root, wanted, shapes):
+def _adopt(
+    root: nn.Module, wanted: Mapping[str, Plan | None], shapes: Shapes, *, complete: bool = False
+) -> None:
+    for module in take_on(root, wanted, shapes, complete=complete):
         prepare(module)
 
 

@@ -60,8 +60,8 @@ def check_set_up(trainer: Trainer, pl_module: LightningModule) -> None:
         )
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and not is_prepared(pl_module):
         raise StrategyError(
-            "the strategy runs the fit in spawned processes and loads the trained weights back into a model "
-            "that no callback has seen; call lightning_prune.prepare(model) before trainer.fit, or let its class "
+            "the strategy fits in spawned processes and loads the trained weights into a model that no "
+            "callback has seen; call lightning_prune.prepare(model) before trainer.fit, or let its class "
             "inherit PrunableMixin"
         )
     for name, tensor in pl_module.named_parameters():
@@ -104,12 +104,12 @@ def decide_on_rank_zero(trainer: Trainer, decide: Callable[[], T]) -> T:
 def point_out_neighbours(trainer: Trainer) -> None:
     """Warn of callbacks that judge unpruned epochs: the best epoch is then the one before the cut."""
     for callback in callbacks_of(trainer):
-        judges = isinstance(callback, (ModelCheckpoint, EarlyStopping)) and getattr(callback, "monitor", None)
-        if judges and not getattr(callback, "waits_for_pruning", False):
+        monitor = callback.monitor if isinstance(callback, (ModelCheckpoint, EarlyStopping)) else None
+        if monitor is not None and not getattr(callback, "waits_for_pruning", False):
             kind = type(callback).__name__
             rank_zero_warn(
-                f"{kind}(monitor={getattr(callback, 'monitor', None)!r}) compares epochs before and after the cut, and the "
-                f"unpruned ones tend to win; use lightning_prune.Pruned{kind}, which waits for the last cut"
+                f"{kind}(monitor={monitor!r}) compares epochs before and after the cut, and the unpruned "
+                f"ones tend to win; use lightning_prune.Pruned{kind}, which waits for the last cut"
             )
 
 

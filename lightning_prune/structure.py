@@ -34,6 +34,7 @@ __all__ = [
 
 ADVICE = "build the model with the configuration that the checkpoint was trained with"
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
+_Choice: TypeAlias = tuple[str, nn.Module, Plan, bool]  # prefix, module, structure, guessed
 _PLAN = "_lightning_prune_plan"
 _SHAPES = "_lightning_prune_trusts_shapes"
 _GUESS = "_lightning_prune_guess"
@@ -71,13 +72,16 @@ def confirm(module: nn.Module) -> None:
     module.__dict__.pop(_GUESS, None)
 
 
-def take_on(root: nn.Module, wanted: Mapping[str, Plan | None], shapes: Shapes) -> list[nn.Module]:
+def take_on(
+    root: nn.Module, wanted: Mapping[str, Plan | None], shapes: Shapes, *, complete: bool = False
+) -> list[nn.Module]:
     """Check every wanted structure, then take all of them on; what two structures share keeps its value.
 
     Args:
         root: Module that paths and shapes are relative to.
         wanted: Plan per path of a submodule; None: choose by the shapes.
         shapes: Shapes of the tensors that will be loaded next, as far as known.
+        complete: Every shape must fit, not those of cut tensors alone.
 
     Returns:
         The modules that follow a plan named in ``wanted``, or that were changed.
@@ -85,7 +89,7 @@ def take_on(root: nn.Module, wanted: Mapping[str, Plan | None], shapes: Shapes) 
     Raises:
         CheckpointMismatchError: If one does not fit; names the first difference, and nothing was changed.
     """
-    chosen: list[tuple[nn.Module, Plan, bool]] = []
+    chosen: list[_Choice] = []
     for path, plan in wanted.items():
         module = _find(root, path)
         below = f"{path}." if path else ""
@@ -94,8 +98,10 @@ def take_on(root: nn.Module, wanted: Mapping[str, Plan | None], shapes: Shapes) 
             _check_fits(module, below, plan, local)
         target = _guess(module, local) if plan is None else plan
         if target is not None:
-            chosen.append((module, target, plan is None and bool(target)))
-    for module, target, guessed in chosen:
+            chosen.append((below, module, target, plan is None and bool(target)))
+    if complete:
+        _check_all(root, chosen, shapes)
+    for _, module, target, guessed in chosen:
         if target != plan_of(module):
             _reshape(module, target)
         note(module, target)
@@ -103,7 +109,21 @@ def take_on(root: nn.Module, wanted: Mapping[str, Plan | None], shapes: Shapes) 
             setattr(module, _GUESS, True)
         else:
             confirm(module)
-    return [module for module, _, _ in chosen]
+    return [module for _, module, _, _ in chosen]
+
+
+def _check_all(root: nn.Module, chosen: list[_Choice], shapes: Shapes) -> None:
+    """Compare every tensor to be loaded with what ``root`` will hold once it has taken on what was chosen."""
+    expected = {name: tuple(tensor.shape) for name, tensor in _tensors(root).items()}
+    for below, module, target, _ in chosen:
+        inner = {**_dense_shapes(module), **_shapes_after(target, below)}
+        expected |= {below + name: shape for name, shape in inner.items()}
+    for name, shape in expected.items():
+        if shapes.get(name, shape) != shape:
+            raise CheckpointMismatchError(
+                f"the state dict holds {name} of shape {list(shapes[name])}, this model would have "
+                f"{list(shape)}; {ADVICE}. Nothing was loaded"
+            )
 
 
 def _find(root: nn.Module, path: str) -> nn.Module:
