@@ -110,6 +110,7 @@ class Phase:
             self.loose[part.blocks] = False
         self.counts = b.size.copy()
         self.cause: dict[int, str] = {}
+        self.short = np.zeros(n_pools, bool)  # pools that caps and locks keep from their ratio
         self.order = self._order()
         self.rounding = (self.case.pool[b.group] >= 0) & (b.floor < b.size) & (self.case.round_to > 1)
         self.rounding &= np.array([g.kind != "head" for g in self.case.groups], bool)[b.group]
@@ -191,7 +192,8 @@ class Phase:
         for p, pool in enumerate(self.case.demand.pools):
             members = [g for g in pool.groups if self.live[g]]
             able = int(going[members].sum())
-            if able < self.todo[p]:
+            self.short[p] = able < self.todo[p]
+            if self.short[p]:
                 names = ", ".join(self.case.groups[g].name for g in members[:3])
                 text = f"{names}: {able} instead of {self.todo[p]} units go"
                 self.run.note("max_pruning_ratio and units that must stay win over the ratio", text)
@@ -259,7 +261,7 @@ class Phase:
         """Note every group whose count is not the asked one."""
         reached = self._by_group(self.counts)
         for g in np.flatnonzero(self.now & (reached != self.run.asked) & (self.live > 0)).tolist():
-            if g in self.cause or reached[g] > self.live[g] - self.quota[g]:
+            if g in self.cause or not self.short[self.case.pool[g]]:
                 counts = f"keeps {reached[g]} of {self.live[g]}, asked {self.run.asked[g]}"
                 cause = self.cause.get(g, "makes up for the rest of its pool")
                 self.run.note(cause, f"{self.case.groups[g].name} {counts}")
