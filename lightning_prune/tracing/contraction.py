@@ -55,6 +55,9 @@ def contract(t: Tracer, x: Tensor, x_letters: str, y: Tensor, y_letters: str, ou
     for letter, n in zip(y_letters, y.shape, strict=True):
         length[letter] = max(n, length.get(letter, 1))
     shared = set(x_letters) & set(y_letters)
+    for o in (a, b):
+        if o.is_parameter:
+            t.inputs |= {(t.names[id(o.tensor)], o.letters.index(k)) for k in shared if k not in out_letters}
     for letter in alphabet:
         if letter in shared:
             _tie_letter(t, a, b, letter, alphabet, shared, out_letters)
@@ -216,6 +219,8 @@ def convolve(
         grouped = _Grouped(t, weight, w_tags, groups, transposed, ragged)
         rows, result = grouped.follow(source)
     in_dim, out_dim = (0, 1) if transposed else (1, 0)
+    if id(weight) in t.names:
+        t.inputs.add((t.names[id(weight)], in_dim))
     if source is not None and not (x_tags.zero[channel] or w_tags.zero[in_dim]):
         t.freeze(source, NOT_ZERO)
     dims: list[Label | None] = [None] * out.ndim

@@ -80,6 +80,7 @@ class Tracer:
         self.modules: list[str] = [""]
         self.module_types: dict[str, str] = {}
         self.dirty: set[int] = set()
+        self.inputs: set[tuple[str, int]] = set()
         self.paused = 0
         self.op = ""
         self.recorder = Recorder(self._on_value, self._on_equal)

@@ -1,0 +1,107 @@
+"""Why a dimension stays, or with what it is tied."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import breadth_first_order
+
+from lightning_prune.analysis import Analysis
+from lightning_prune.errors import OptionError
+from lightning_prune.tracing.labels import FROZEN, Ints, Ledger, along
+
+SHOWN = 8
+
+
+def explain(analysis: Analysis, name: str, dim: int) -> str:
+    """One paragraph on one dimension.
+
+    Args:
+        analysis: The analysis.
+        name: Parameter or buffer.
+        dim: Dimension; negative counts from the end.
+
+    Raises:
+        OptionError: If there is no such tensor or dimension.
+    """
+    leaves = analysis.graph.tracer.leaves
+    if name not in leaves:
+        near = [n for n in leaves if name.split(".")[-1] in n][:5] or list(leaves)[:5]
+        raise OptionError(f"explain: {name!r} is no parameter or buffer; nearest names: {', '.join(near)}")
+    if not -len(leaves[name]) <= dim < len(leaves[name]):
+        raise OptionError(f"explain: {name} has {len(leaves[name])} dimensions, {dim} is none of them")
+    dim %= len(leaves[name])
+    atoms = atoms_of(analysis, name, dim)
+    if atoms is None:
+        return f"{name} dim {dim} has length 1 or holds whole numbers: there is nothing to remove."
+    classes = analysis.graph.classes.of[atoms].ravel()
+    frozen = int((classes == FROZEN).sum())
+    lines = [f"{name} dim {dim}: {len(classes) - frozen} of {len(classes)} positions can be removed."]
+    if frozen:
+        lines.append(f"{frozen} stay: {why_frozen(analysis, atoms.ravel()[classes == FROZEN])}")
+    lines += _ties(analysis, name, dim)
+    return "\n".join(lines)
+
+
+def atoms_of(analysis: Analysis, name: str, dim: int) -> Ints | None:
+    """Atoms of a dimension, [rows, n]."""
+    tracer = analysis.graph.tracer
+    if dim == 1 and name in tracer.ragged:
+        return tracer.ragged[name]
+    label = tracer.leaves[name][dim]
+    return None if label is None else along(label, dim)
+
+
+def _ties(analysis: Analysis, name: str, dim: int) -> list[str]:
+    lines = []
+    for group in analysis.groups:
+        if any((m.tensor, m.dim) == (name, dim) for m in group.members):
+            others = [f"{m.tensor} dim {m.dim}" for m in group.members if (m.tensor, m.dim) != (name, dim)]
+            more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+            tied = ", ".join(others[:SHOWN]) + more if others else "nothing else"
+            lines.append(f"{group.n_units} units of kind {group.kind!r} in group {group.name}, tied with {tied}.")
+    return lines
+
+
+def why_frozen(analysis: Analysis, atoms: Ints) -> str:
+    """The shortest chain of reasons from a frozen atom to what froze it."""
+    ledger = analysis.graph.tracer.ledger
+    previous, edge = _tree(analysis)
+    for atom in atoms[:1]:
+        steps: list[str] = []
+        current = int(atom)
+        while current != FROZEN and previous[current] >= 0:
+            steps.append(edge(int(previous[current]), current))
+            current = int(previous[current])
+        if current == FROZEN and steps:
+            return " <- ".join(list(dict.fromkeys(reversed(steps)))[:4])
+    return "it is a block that no attention head is, or is cut in two ways" if ledger.ands else "unknown"
+
+
+def _tree(analysis: Analysis):  # type: ignore[no-untyped-def]
+    """Breadth-first tree of reasons from the frozen atom."""
+    ledger = analysis.graph.tracer.ledger
+    left = np.concatenate([a for a, _, _ in ledger.ties])
+    right = np.concatenate([b for _, b, _ in ledger.ties])
+    why = np.concatenate([np.full(len(a), w) for a, _, w in ledger.ties])
+    if ledger.ands:
+        leaf = np.concatenate([p[2] for p in ledger.ands])
+        for k in (0, 1):
+            left = np.concatenate([left, np.concatenate([p[k] for p in ledger.ands])])
+            right = np.concatenate([right, leaf])
+        why = np.concatenate([why, np.full(2 * len(leaf), -1)])
+    graph = coo_array((np.ones(len(left), np.int8), (left, right)), shape=(ledger.count, ledger.count)).tocsr()
+    _, previous = breadth_first_order(graph, FROZEN, directed=False, return_predecessors=True)
+    number = {}
+    for a, b, w in zip(left.tolist(), right.tolist(), why.tolist(), strict=True):
+        number.setdefault((a, b), w)
+        number.setdefault((b, a), w)
+
+    def edge(a: int, b: int) -> str:
+        w = number[a, b]
+        return "part of a split dimension" if w < 0 else ledger.explain(w)
+
+    return previous, edge
+
+
+__all__ = ["Ledger", "explain", "why_frozen"]

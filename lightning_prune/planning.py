@@ -1,0 +1,111 @@
+"""Kept units -> Plan: indices per tensor, attribute rewrites, patches."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from lightning_prune.attributes import cosmetic_rewrites
+from lightning_prune.equations import Constraints
+from lightning_prune.groups import Graph, Place
+from lightning_prune.plan import Cut, Patch, Plan, Rewrite
+from lightning_prune.tracing.layers import ATTENTION, attention_values
+
+Bools = npt.NDArray[np.bool_]
+
+
+def make_plan(model: nn.Module, graph: Graph, constraints: Constraints, keep: Bools) -> Plan:
+    """Write down what is kept.
+
+    Args:
+        model: The model as it is, for shapes and declarative attributes.
+        graph: Its graph.
+        constraints: Its constraints.
+        keep: [n_units] True for units that stay.
+    """
+    if keep.all():
+        return Plan()
+    alive = graph.alive_classes(keep)
+    cuts = tuple(cut for place in graph.places if (cut := _cut(place, alive)) is not None)
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    sizes = tuple(sorted((name, tuple(tensors[name].shape)) for name in {c.tensor for c in cuts}))
+    values = constraints.attributes(alive)
+    plan = Plan(
+        cuts=cuts,
+        rewrites=_rewrites(graph, values),
+        patches=_attention_patches(model, graph, values, cuts) + _scale_patches(graph, constraints, alive),
+        sizes=sizes,
+    )
+    cosmetic = {(r.module, r.path): r for r in cosmetic_rewrites(model, plan)}
+    cosmetic.update({(r.module, r.path): r for r in plan.rewrites})
+    return Plan(plan.cuts, tuple(cosmetic.values()), plan.patches, plan.sizes)
+
+
+def _cut(place: Place, alive: Bools) -> Cut | None:
+    kept = alive[place.classes]
+    if kept.all():
+        return None
+    rows, size = place.classes.shape
+    keep = tuple(int(i) for row in kept for i in np.flatnonzero(row))
+    return Cut(place.tensor, place.dim, size, keep, rows)
+
+
+def _rewrites(graph: Graph, values: dict[int, int]) -> tuple[Rewrite, ...]:
+    return tuple(
+        Rewrite(a.module, a.path, a.value, values[i])
+        for i, a in enumerate(graph.tracer.attributes)
+        if values[i] != a.value and not a.path.startswith(ATTENTION)
+    )
+
+
+def _attention_patches(
+    model: nn.Module, graph: Graph, values: dict[int, int], cuts: tuple[Cut, ...]
+) -> tuple[Patch, ...]:
+    """MultiheadAttention checks its sizes against each other; once one is cut it computes our way."""
+    wanted: dict[str, dict[str, int]] = {}
+    for i, a in enumerate(graph.tracer.attributes):
+        if a.path.startswith(ATTENTION):
+            wanted.setdefault(a.module, {})[a.path.removeprefix(f"{ATTENTION}.")] = values[i]
+    cut_modules = {c.tensor.rpartition(".")[0] for c in cuts}
+    cut_modules |= {name.removesuffix(".out_proj") for name in cut_modules}
+    patches = []
+    for name, sizes in wanted.items():
+        if name in cut_modules:
+            module = model.get_submodule(name)
+            assert isinstance(module, nn.MultiheadAttention)
+            patches.append(Patch(name, "attention", tuple({**attention_values(module), **sizes}.items())))
+    return tuple(patches)
+
+
+def _scale_patches(graph: Graph, constraints: Constraints, alive: Bools) -> tuple[Patch, ...]:
+    count = constraints.counts(alive)
+    patches = {}
+    for s in graph.tracer.scaled:
+        if count(s.axis) != s.size:
+            patches[s.module] = Patch(s.module, "sdpa_scale", (("scale", s.size**-0.5),))
+    return tuple(patches.values())
+
+
+def predicted_macs(graph: Graph, constraints: Constraints, alive: Bools) -> int:
+    """Multiply-accumulates of one forward on the example inputs, contractions only."""
+    count = constraints.counts(alive)
+    total = 0
+    for work in graph.tracer.work:
+        product = work.constant
+        for axis in work.axes:
+            product *= count(axis)
+        total += product
+    return total
+
+
+def predicted_parameters(model: nn.Module, graph: Graph, alive: Bools) -> int:
+    """Parameters left, tied ones counted once."""
+    kept: dict[str, dict[int, int]] = {}
+    for place in graph.places:
+        kept.setdefault(place.tensor, {})[place.dim] = int(alive[place.classes].sum(axis=1).max())
+    total = 0
+    for name, p in model.named_parameters():
+        sizes = kept.get(name, {})
+        total += int(np.prod([sizes.get(d, n) for d, n in enumerate(p.shape)], dtype=np.int64))
+    return total

@@ -1,0 +1,404 @@
+"""GroupNormPruner: trace -> groups -> scores -> plan -> surgery, one ``step()`` at a time."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.analysis import Analysis, analyse, certify
+from lightning_prune.choosing import Choice, Chooser, living_units, meet_budget
+from lightning_prune.errors import OptionError, PruneError, StaleGraphError
+from lightning_prune.explaining import explain
+from lightning_prune.groups import Group
+from lightning_prune.importance import Evidence
+from lightning_prune.optimizers import Carrier
+from lightning_prune.options import PruningOptions
+from lightning_prune.plan import Plan
+from lightning_prune.ranking import rank
+from lightning_prune.regularizer import Regularizer
+from lightning_prune.requests import Targets, check_counts, check_ratio, key, targets
+from lightning_prune.schedules import resolve
+from lightning_prune.surgery import Snapshot, apply
+
+Bools = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
+
+
+class GroupNormPruner:
+    """Prunes groups of coupled channels and heads by their norm (it has nothing to do with ``nn.GroupNorm``).
+
+    Structured pruning with sparsity regularisation as in DepGraph (Fang et al., CVPR 2023, section 3.3) and,
+    with ``isomorphic=True``, Isomorphic Pruning (Fang et al., ECCV 2024). Couplings are found by a trace.
+
+    Args:
+        model: The network. Constructing a pruner leaves it as it is.
+        example_inputs: A tensor, a tuple of positional or a dict of keyword arguments.
+        pruning_ratio: Share of the initial units of every group to remove, in [0, 1).
+        iterative_steps: Number of ``step()`` calls until the ratio is reached, >= 1.
+        options: Every other option, see ``PruningOptions``; as keywords, the fields of it.
+
+    Raises:
+        OptionError: If an option has a wrong type or value, or names nothing.
+        BudgetError: If a budget cannot be met.
+        TraceError: If the model cannot be run on the example inputs.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> pruner = GroupNormPruner(net, torch.ones(1, 4), pruning_ratio=0.5)
+    >>> pruner.step().cuts[0].kept
+    4
+    >>> net
+    Sequential(
+      (0): Linear(in_features=4, out_features=4, bias=True)
+      (1): ReLU()
+      (2): Linear(in_features=4, out_features=2, bias=True)
+    )
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        *,
+        importance: str | Callable[..., Any] = "group_norm",
+        pruning_ratio: float = 0.5,
+        pruning_ratio_dict: Mapping[Any, float] | None = None,
+        max_pruning_ratio: float = 1.0,
+        iterative_steps: int = 1,
+        iterative_pruning_ratio_scheduler: str | Callable[[float, int], Sequence[float]] = "linear",
+        global_pruning: bool = False,
+        isomorphic: bool = False,
+        ignored_layers: Sequence[Any] = (),
+        round_to: int | None = None,
+        in_channel_groups: Mapping[Any, int] | None = None,
+        out_channel_groups: Mapping[Any, int] | None = None,
+        num_heads: Mapping[Any, int] | None = None,
+        prune_num_heads: bool = False,
+        prune_head_dims: bool = True,
+        head_pruning_ratio: float = 0.0,
+        head_pruning_ratio_dict: Mapping[Any, float] | None = None,
+        customized_pruners: Mapping[Any, Any] | None = None,
+        unwrapped_parameters: Any = None,
+        budget: Mapping[str, float] | None = None,
+        normalizer: str | Callable[..., Any] | None = "mean",
+        include_bias: bool = False,
+        reg: float = 1e-4,
+        alpha: float = 4.0,
+        nan_policy: str = "skip",
+        forward_fn: Callable[..., Any] | None = None,
+        output_transform: Callable[..., Any] | None = None,
+    ) -> None:
+        given = {k: v for k, v in locals().items() if k not in ("self", "model", "example_inputs", "pruning_ratio", "iterative_steps", "__class__")}
+        if not isinstance(model, nn.Module):
+            raise OptionError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        self.model = model
+        self.options = PruningOptions(**given)
+        self.pruning_ratio = check_ratio("pruning_ratio", pruning_ratio)
+        self.iterative_steps = iterative_steps
+        self._example_inputs = example_inputs
+        self._course(self.pruning_ratio)
+        self.plan = Plan()
+        self.current_step = 0
+        self.notes: tuple[str, ...] = ()
+        self._evidence = Evidence(include_bias=include_bias)
+        self._head_dims: frozenset[str] = frozenset()
+        self._initial: dict[str, float] = {}
+        self._dense: dict[str, int] = {}
+        self._regularizer: Regularizer | None = None
+        self._adopt(self._analyse())
+        check_counts(self._analysis, self.options)
+        self._goal = self._targets(self.pruning_ratio)
+        self._check_importance()
+        if budget:
+            self._choose(self.iterative_steps)
+
+    # -- pruning -----------------------------------------------------------------------------------
+
+    def step(self, *, dry_run: bool = False, optimizers: Any = ()) -> Plan:
+        """Prune to the next ratio of the schedule.
+
+        Args:
+            dry_run: Give the plan and touch nothing, the step counter included. Works on meta tensors.
+            optimizers: One optimizer or several; their state is sliced along.
+
+        Returns:
+            What is kept by this step; empty if there is nothing to prune.
+
+        Raises:
+            PruneError: If the model is on the meta device and ``dry_run`` is False.
+            StaleGraphError: If shapes were changed behind the pruner's back.
+            CertificateError: If the cut did not give a restriction of the model; it was undone.
+        """
+        self._refuse_stale()
+        if self.current_step >= self.iterative_steps:
+            warnings.warn(f"step() was called after all {self.iterative_steps} iterative_steps; nothing was pruned.", stacklevel=2)
+            return Plan()
+        choice = self._choose(self.current_step + 1)
+        plan = self._analysis.plan(choice.keep)
+        self.notes = choice.notes
+        if dry_run:
+            return plan
+        if not plan:
+            warnings.warn(f"There was nothing to prune in step {self.current_step + 1}: {self._why_nothing()}", stacklevel=2)
+        return self.commit(plan, optimizers=optimizers)
+
+    def commit(self, plan: Plan, *, optimizers: Any = ()) -> Plan:
+        """Apply a plan made by ``step(dry_run=True)``, here or on another rank; it counts as the step.
+
+        Raises:
+            PlanError: If the plan does not fit. Nothing was changed.
+            CertificateError: If the result is not a restriction of the model. The cut was undone.
+        """
+        self._refuse_stale()
+        if any(p.is_meta for p in self.model.parameters()):
+            raise PruneError("The model is on the meta device and has no weights to cut. Use step(dry_run=True), or load weights first.")
+        if plan:
+            before = self._analysis
+            carrier = Carrier.of(optimizers, self.model, plan)
+            snapshot = Snapshot.of(self.model, plan)
+            apply(self.model, plan)
+            try:
+                after = self._analyse()
+                certify(before, after, plan)
+                carrier.commit()
+            except BaseException:  # Ctrl-C too must give the old model back
+                snapshot.restore()
+                raise
+            self._forget_heads(before, plan)
+            self._adopt(after)
+            self.plan = self.plan.then(plan)
+        self.current_step += 1
+        self._regularizer = None
+        return plan
+
+    def groups(self) -> tuple[Group, ...]:
+        """Groups of units that can be removed now."""
+        return self._analysis.groups
+
+    def explain(self, name: str, dim: int) -> str:
+        """Say why a dimension of a parameter or buffer stays, or with what it is tied.
+
+        Raises:
+            OptionError: If there is no such tensor or dimension.
+        """
+        return explain(self._analysis, name, dim)
+
+    def unknown_operations(self) -> tuple[str, ...]:
+        """Operations without a rule that the trace met; what went into them stays."""
+        return tuple(dict.fromkeys(str(u.site) for u in self._analysis.graph.tracer.unknown))
+
+    # -- sparse learning ---------------------------------------------------------------------------
+
+    def update_regularizer(self) -> None:
+        """Refresh groups and scores of the regulariser, as after a cut."""
+        if self._regularizer is not None:
+            self._regularizer.refresh()
+
+    def regularize(self, model: nn.Module | None = None, *, grad_scale: float | Tensor = 1.0) -> None:
+        """Add the gradient ``reg * gamma_k * w`` of the group penalty to every gradient.
+
+        ``gamma_k = 2 ** (alpha (I_max - I_k) / (I_max - I_min))`` is held constant (DepGraph, eq. 4); the
+        factor 2 of the derivative is in ``reg``. With weight decay on, shrinkage applies twice.
+
+        Args:
+            model: The pruner's own model, or None.
+            grad_scale: Scale that the gradients have now, such as the loss scale of mixed precision.
+        """
+        if model is not None and model is not self.model:
+            raise OptionError(f"regularize(model) must be given the pruner's own model, got another {type(model).__name__}")
+        self.regularizer.apply(grad_scale)
+
+    @property
+    def regularizer(self) -> Regularizer:
+        """The regulariser of the groups that are pruned; ignored groups and ratio 0 are left alone."""
+        if self._regularizer is None:
+            pressed = [g for g, r in zip(self.groups(), self._goal.ratio, strict=True) if r > 0 and not self._goal.locked[g.units].all()]
+            self._regularizer = Regularizer(
+                pressed,
+                dict(self.model.named_parameters()),
+                reg=self.options.reg,
+                alpha=self.options.alpha,
+                include_bias=self.options.include_bias,
+                nan_policy=self.options.nan_policy,
+            )
+        return self._regularizer
+
+    # -- resuming ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides the next step, as plain values and one tensor."""
+        return {
+            "step": self.current_step,
+            "plan": self.plan.as_dict(),
+            "initial": dict(self._initial),
+            "dense": dict(self._dense),
+            "head_dims": sorted(self._head_dims),
+            "rng": self._evidence.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another pruner stopped, on a model that has its shapes already."""
+        self.current_step = int(state["step"])
+        self.plan = Plan.from_dict(state["plan"])
+        self._initial = {str(k): float(v) for k, v in state["initial"].items()}
+        self._dense = {str(k): int(v) for k, v in state["dense"].items()}
+        self._head_dims = frozenset(state["head_dims"])
+        self._evidence.generator.set_state(state["rng"])
+        self._adopt(self._analysis)
+        self._goal = self._targets(self.pruning_ratio)
+        self._regularizer = None
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _analyse(self) -> Analysis:
+        return analyse(
+            self.model,
+            self._example_inputs,
+            forward_fn=self.options.forward_fn,
+            output_transform=self.options.output_transform,
+            custom=self.options.customized_pruners,
+            prepare=unwrapped(self.model, self.options.unwrapped_parameters),
+        )
+
+    def _adopt(self, analysis: Analysis) -> None:
+        self._analysis = analysis
+        self._shapes = {name: t.shape for name, t in self._tensors()}
+        everything = np.ones(analysis.graph.n_units, bool)
+        self._head_dims |= {key(g) for g in analysis.groups if g.kind == "head_dim"}
+        for group in analysis.groups:
+            self._initial.setdefault(key(group), float(group.n_units))
+        if not self._dense:
+            self._dense = {"macs": analysis.macs(everything), "params": analysis.parameters(everything)}
+        if self.current_step or self.plan:
+            self._goal = self._targets(self.pruning_ratio)
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        return [*self.model.named_parameters(), *self.model.named_buffers()]
+
+    def _refuse_stale(self) -> None:
+        for name, tensor in self._tensors():
+            if self._shapes.get(name) != tensor.shape:
+                raise StaleGraphError(
+                    f"{name} has shape {list(tensor.shape)}, the graph was traced with {list(self._shapes.get(name, ()))}. "
+                    "Make a new pruner after changing the model."
+                )
+
+    def _targets(self, ratio: float) -> Targets:
+        return targets(self._analysis, self.options, ratio, self._head_dims)
+
+    def _course(self, target: float) -> list[float]:
+        return resolve(self.options.iterative_pruning_ratio_scheduler, target, self.iterative_steps)
+
+    def _choose(self, step: int) -> Choice:
+        """Units that stay after step number ``step``."""
+        chooser = Chooser(self._analysis, self._scores(), [self._initial[key(g)] for g in self.groups()], self.options)
+        course = {r: self._course(r)[step] for r in set(self._goal.ratio)}
+        ratios = [course[r] for r in self._goal.ratio]
+        if not self.options.budget:
+            return chooser.choose(self._goal, ratios)
+        ((name, share),) = check_budget(self.options.budget).items()
+        cost = self._analysis.macs if name == "macs" else self._analysis.parameters
+        wanted = self._dense[name] * (1 - self._course(1 - share)[step])
+        follows = [a != b for a, b in zip(self._targets(0.25).ratio, self._targets(0.5).ratio, strict=True)]
+
+        def choose(ratio: float) -> Choice:
+            now = [ratio if f else r for f, r in zip(follows, ratios, strict=True)]
+            return chooser.choose(self._goal, now)
+
+        return meet_budget(choose, cost, wanted, name, strict=True)
+
+    def _scores(self) -> list[Floats]:
+        tensors = dict(self.model.named_parameters())
+        if any(t.is_meta for t in tensors.values()):
+            return [np.zeros(g.n_units) for g in self.groups()]
+        found = rank(
+            self.groups(),
+            tensors,
+            importance=self.options.importance,
+            normalizer=self.options.normalizer,
+            nan_policy=self.options.nan_policy,
+            evidence=self._evidence,
+        )
+        return [s.detach().double().cpu().numpy() for s in found]
+
+    def _check_importance(self) -> None:
+        """A wrong name is an error now, not in hour ten."""
+        if isinstance(self.options.importance, str):
+            rank([], {}, importance=self.options.importance, nan_policy=self.options.nan_policy)
+
+    def _forget_heads(self, before: Analysis, plan: Plan) -> None:
+        """What went with its head no longer counts among the initial units."""
+        kept = {(c.tensor, c.dim): set(c.keep) for c in plan.cuts if c.rows == 1}
+        keep = np.ones(before.graph.n_units, bool)
+        for group in before.groups:
+            if group.kind == "head":
+                m = group.members[0]
+                left = kept.get((m.tensor, m.dim))
+                if left is not None:
+                    lives = np.zeros(group.n_units, bool)
+                    np.logical_or.at(lives, m.unit, np.array([int(i) in left for i in m.index]))
+                    keep[group.units] = lives
+        alive = before.alive(keep)
+        for group in before.groups:
+            if group.kind != "head":
+                self._initial[key(group)] *= float(living_units(before, group, alive).mean())
+
+    def _why_nothing(self) -> str:
+        if not self.groups():
+            return "the trace found no removable units; explain(name, dim) says why a dimension stays."
+        if not any(self._goal.ratio):
+            return "every ratio is 0 (check pruning_ratio, prune_head_dims and the dictionaries)."
+        if self._goal.locked.all():
+            return "ignored_layers covers every unit."
+        return "; ".join(self.notes) or "the ratio of this step rounds to no unit in any group."
+
+
+def check_budget(budget: Mapping[str, float]) -> dict[str, float]:
+    """One of macs or params, a share in (0, 1].
+
+    >>> check_budget({"macs": 0.5})
+    {'macs': 0.5}
+    """
+    good = isinstance(budget, Mapping) and len(budget) == 1 and next(iter(budget)) in ("macs", "params")
+    if not good:
+        raise OptionError(f'budget must be {{"macs": share}} or {{"params": share}}, got {budget!r}')
+    ((name, share),) = budget.items()
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+        raise OptionError(f"budget {name} must be a share of the dense model in (0, 1], got {share!r}")
+    return {name: float(share)}
+
+
+def unwrapped(model: nn.Module, given: Any) -> Callable[..., None] | None:
+    """Channel dimensions of bare parameters as the user names them: every other dimension stays.
+
+    Raises:
+        OptionError: If a parameter or a dimension does not exist.
+    """
+    if not given:
+        return None
+    pairs = list(given.items()) if isinstance(given, Mapping) else list(given)
+    names = {id(p): n for n, p in model.named_parameters()}
+    table: dict[str, int] = {}
+    for what, dim in pairs:
+        name = what if isinstance(what, str) else names.get(id(what))
+        parameters = dict(model.named_parameters())
+        if name not in parameters:
+            raise OptionError(f"unwrapped_parameters: {what if isinstance(what, str) else 'a tensor'} is no parameter of the model; name one of {list(parameters)[:8]}")
+        if isinstance(dim, bool) or not isinstance(dim, int) or not -parameters[name].ndim <= dim < parameters[name].ndim:
+            raise OptionError(f"unwrapped_parameters: {name} has {parameters[name].ndim} dimensions, dim {dim!r} is none of them")
+        table[name] = dim % parameters[name].ndim
+
+    def prepare(tracer: Any, twin: nn.Module) -> None:
+        for name, dim in table.items():
+            for d, label in enumerate(tracer.leaves[name]):
+                if d != dim:
+                    tracer.freeze(label, f"unwrapped_parameters says that dim {dim} carries the channels")
+
+    return prepare
+
+
