@@ -56,7 +56,8 @@ class StructuredPruning(Callback):
         start_epoch: Epoch that begins with the first cut, 0-based.
         every_n_epochs: Epochs between cuts, >= 1.
         iterative_steps: Number of cuts, >= 1.
-        update_every: Epochs between refreshes of the regulariser's weights, >= 1; a cut refreshes them too.
+        update_every: Optimizer steps between refreshes of the regulariser's weights, >= 1; a cut refreshes
+            them too.
         options: Every other option of the pruner, as ``PruningOptions`` or as a dict of its fields.
 
     Attributes:
@@ -101,6 +102,7 @@ class StructuredPruning(Callback):
         self._closes = True
         self._backwards = 0
         self._overflows = 0
+        self._rounding_told = False
 
     def should_prune(self, epoch: int) -> bool:
         """Say whether ``epoch`` begins with a cut; override it for a schedule of your own.
@@ -171,8 +173,6 @@ class StructuredPruning(Callback):
                 self._build_from_batch(trainer, pl_module, example_inputs.take_batch(trainer, pl_module))
             self._prune(trainer, pl_module)
             self._cut_epoch = epoch
-        elif self.pruner is not None and self._refreshes(epoch):
-            self.pruner.update_regularizer()
 
     @override
     def on_train_batch_start(
@@ -206,6 +206,7 @@ class StructuredPruning(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.pruner is None:
             return
+        self.pruner.regularizer.check()
         values = self._progress.values(pl_module.device)
         values["phase"] = float(PHASES.index(self.phase(trainer.current_epoch)))
         values["target_reached"] = float(self.target_reached)
@@ -267,9 +268,6 @@ class StructuredPruning(Callback):
 
     def _regularizes(self, epoch: int) -> bool:
         return not self.target_reached and epoch >= self.sparse_start_epoch
-
-    def _refreshes(self, epoch: int) -> bool:
-        return self._regularizes(epoch) and (epoch - self.sparse_start_epoch) % self.update_every == 0
 
     def _build_from_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         if self.options.forward_fn is not None:
@@ -336,7 +334,18 @@ class StructuredPruning(Callback):
         if self.pruner is None or not self._is_finite(trainer, self.pruner):
             return
         if self._regularizes(trainer.current_epoch):
+            self.pruner.regularizer.update_every = self.update_every  # a cut makes a new regulariser
+            self._warn_of_rounding(self.pruner)
             self.pruner.regularize(grad_scale=share * loss_scale(trainer, optimizer))
+
+    def _warn_of_rounding(self, pruner: GroupNormPruner) -> None:
+        names = pruner.regularizer.low_precision
+        if names and not self._rounding_told and self.options.reg:
+            self._rounding_told = True
+            rank_zero_warn(
+                f"the gradient of {names[0]!r} has less than 24 bits, where the penalty of "
+                f"reg={self.options.reg:g} may round to nothing; use precision='bf16-mixed' or '16-mixed', or a larger reg"
+            )
 
     def _is_finite(self, trainer: Trainer, pruner: GroupNormPruner) -> bool:
         wrong = {} if is_scaled(trainer) else non_finite(pruner.model)

@@ -113,6 +113,7 @@ def load_pruned_state(
         CheckpointMismatchError: If the structure or a key does not fit the model; names the first
             difference.
 
+    >>> import torch
     >>> from lightning_prune.plan import Cut, Rewrite
     >>> cuts, rewrites = (Cut("weight", 0, 2, (1,)),), (Rewrite("", "out_features", 2, 1),)
     >>> cut = Plan(cuts, rewrites, sizes=(("weight", (2, 3)),))

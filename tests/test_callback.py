@@ -171,7 +171,7 @@ def test_wrong_options_are_named(options, match):
 
 
 def test_unknown_module_is_named_before_training():
-    with pytest.raises(OptionError, match="'nett' names no submodule of Plain; the nearest are .*'net'"):
+    with pytest.raises(OptionError, match=r"'nett' names no submodule of Plain; the nearest are .*'net'"):
         fit(build(), Quiet(module="nett"))
 
 
