@@ -79,7 +79,8 @@ def no_leaks() -> Iterator[None]:
     left = _watched()
     os.environ.clear()
     os.environ.update(environment)
-    torch.use_deterministic_algorithms(deterministic)
+    if torch.are_deterministic_algorithms_enabled() != deterministic:  # the setter imports the compiler
+        torch.use_deterministic_algorithms(deterministic)
     torch.set_default_dtype(watched["default dtype"])  # so that one leak fails one test
     torch.set_grad_enabled(watched["grad mode"])
     changed = {

@@ -25,6 +25,9 @@ RANKS = (
     # Scores made comparable; notes of a cut in the model; forwards timed in turns.
     {"ranking", "phase", "structure", "latency"},
     {"selection", "planning"},
+    # The two ends of a prune: the model as a graph, the options as what is asked of the selection.
+    {"analysis"},
+    {"requests"},
     {"pruner", "checkpoint", "metrics", "report"},
     # Parts of the callback, each one question put to Lightning, and the networks and data of the demo.
     {"strategies", "example_inputs", "gradients", "checkpointing", "models", "data"},
