@@ -40,7 +40,7 @@ RANKS = (
 )
 RANK = {module: rank for rank, modules in enumerate(RANKS) for module in modules}
 
-# Who may import a library; those of LAZY in functions alone (or for types), so that the package never loads them.
+# Who may import a library; those of LAZY inside functions alone (or for types), never with the package.
 CALLBACK = set().union(*RANKS[RANKS.index({"callback"}) - 2 :]) - {"__init__", "__main__"}
 LIBRARIES = {
     "lightning": CALLBACK,
@@ -87,9 +87,7 @@ def _imports(path: Path) -> Iterator[tuple[str, bool, int]]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_imports_point_downwards(path: Path) -> None:
     own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    assert own in RANK, (
-        f"{own} has no rank: give it a place in RANKS, or merge it into the module that needs it"
-    )
+    assert own in RANK, f"{own} has no rank: give it a place in RANKS, or merge it where it is needed"
     for name, at_load, line in _imports(path):
         library, where = name.partition(".")[0], f"{path.relative_to(PACKAGE)}:{line} imports {name}"
         if library == PACKAGE.name:
