@@ -15,7 +15,8 @@ from lightning_prune.errors import CertificateError
 from lightning_prune.groups import Graph, Group, Place, build_graph
 from lightning_prune.plan import Plan
 from lightning_prune.planning import make_plan, predicted_macs, predicted_parameters
-from lightning_prune.tracing.labels import FROZEN
+from lightning_prune.tracing.labels import FROZEN, along
+from lightning_prune.tracing.solver import Classes, solve
 from lightning_prune.tracing.trace import trace
 
 Ints = npt.NDArray[np.int64]
@@ -80,16 +81,24 @@ def analyse(
     return Analysis(model, graph, Constraints(graph))
 
 
-def certify(before: Analysis, after: Analysis, plan: Plan) -> None:
+def certify(before: Analysis, after: Analysis, keep: Bools, plan: Plan) -> None:
     """Hold a pruned model's trace against the original's.
 
     Positions that live or die together in the pruned model must have done so in the original: then every
-    index still meets the index that it met before.
+    index still meets the index that it met before. What is left of a row as its only cell cannot be told
+    from the row, so it counts as frozen in the original.
+
+    Args:
+        before: Analysis of the original.
+        after: Analysis of the pruned model.
+        keep: [n_units] units of the original that stay.
+        plan: What was applied.
 
     Raises:
         CertificateError: If a class of the pruned model mixes several classes of the original.
     """
-    old = {(p.tensor, p.dim): p for p in before.graph.places}
+    classes = _expected(before, keep)
+    old = {(p.tensor, p.dim): classes.of[_atoms(before, p)] for p in before.graph.places}
     kept = {(c.tensor, c.dim): c for c in plan.cuts}
     pairs: list[Ints] = []
     names: list[str] = []
@@ -118,10 +127,35 @@ def certify(before: Analysis, after: Analysis, plan: Plan) -> None:
         )
 
 
-def _mapped(source: Place, place: Place, kept: dict[tuple[str, int], Any]) -> Ints:
+def _atoms(analysis: Analysis, place: Place) -> Ints:
+    tracer = analysis.graph.tracer
+    if place.dim == 1 and place.tensor in tracer.ragged:
+        return tracer.ragged[place.tensor]
+    label = tracer.leaves[place.tensor][place.dim]
+    assert label is not None
+    return along(label, place.dim)
+
+
+def _expected(before: Analysis, keep: Bools) -> Classes:
+    """Classes of the original, cells that are left alone in their row being frozen."""
+    ledger, of = before.graph.tracer.ledger, before.graph.classes.of
+    alive = before.alive(keep)
+    lone = [np.zeros(0, np.int64)]
+    for rows in [*(rows for rows, _, _ in ledger.grids), *(_atoms(before, p) for p in before.graph.places)]:
+        lives = alive[of[rows]]
+        lone.append(rows[lives & (lives.sum(axis=1, keepdims=True) == 1) & (rows.shape[1] > 1)])
+    for owners in (o for _, o, _ in ledger.grids if o is not None):
+        left = np.unique(of[owners][alive[of[owners]]])
+        if len(left) == 1 and len(np.unique(of[owners])) > 1:
+            lone.append(owners[of[owners] == left[0]])
+    atoms = np.unique(np.concatenate(lone))
+    return solve(ledger, atoms) if len(atoms) else before.graph.classes
+
+
+def _mapped(source: Ints, place: Place, kept: dict[tuple[str, int], Any]) -> Ints:
     """Class in the original of every position of the pruned tensor, [rows, size]."""
     cut = kept.get((place.tensor, place.dim))
-    table = source.classes
+    table = source
     if cut is not None:
         rows = cut.by_row()
         table = np.stack([table[r if len(table) > 1 else 0][list(keep)] for r, keep in enumerate(rows)])

@@ -164,7 +164,7 @@ class GroupNormPruner:
             apply(self.model, plan)
             try:
                 after = self._analyse()
-                certify(before, after, plan)
+                certify(before, after, kept_units(before, plan), plan)
                 carrier.commit()
             except BaseException:  # Ctrl-C too must give the old model back
                 snapshot.restore()
@@ -333,16 +333,10 @@ class GroupNormPruner:
 
     def _forget_heads(self, before: Analysis, plan: Plan) -> None:
         """What went with its head no longer counts among the initial units."""
-        kept = {(c.tensor, c.dim): set(c.keep) for c in plan.cuts if c.rows == 1}
-        keep = np.ones(before.graph.n_units, bool)
+        keep = kept_units(before, plan)
         for group in before.groups:
-            if group.kind == "head":
-                m = group.members[0]
-                left = kept.get((m.tensor, m.dim))
-                if left is not None:
-                    lives = np.zeros(group.n_units, bool)
-                    np.logical_or.at(lives, m.unit, np.array([int(i) in left for i in m.index]))
-                    keep[group.units] = lives
+            if group.kind != "head":
+                keep[group.units] = True
         alive = before.alive(keep)
         for group in before.groups:
             if group.kind != "head":
@@ -356,6 +350,25 @@ class GroupNormPruner:
         if self._goal.locked.all():
             return "ignored_layers covers every unit."
         return "; ".join(self.notes) or "the ratio of this step rounds to no unit in any group."
+
+
+def kept_units(analysis: Analysis, plan: Plan) -> Bools:
+    """[n_units] True for units of which a plan keeps every position of the first member, cells beside dead heads too."""
+    cuts = {(c.tensor, c.dim): c for c in plan.cuts}
+    keep = np.ones(analysis.graph.n_units, bool)
+    for group in analysis.groups:
+        for m in group.members:
+            cut = cuts.get((m.tensor, m.dim))
+            lives = np.ones(m.rows * m.size, bool)
+            if cut is not None:
+                lives = np.zeros((cut.rows, cut.size), bool)
+                for r, kept in enumerate(cut.by_row()):
+                    lives[r, list(kept)] = True
+                lives = np.broadcast_to(lives, (m.rows, m.size)).ravel()
+            any_left = np.zeros(group.n_units, bool)
+            np.logical_or.at(any_left, m.unit, lives[m.index])
+            keep[group.units] &= any_left
+    return keep
 
 
 def check_budget(budget: Mapping[str, float]) -> dict[str, float]:

@@ -314,6 +314,8 @@ class _Grouped:
         row, cell = self._rows(source, why)
         w_row, w_cell = self._rows(leaf, why)
         t.ledger.tie(row, w_row, why)
+        if self.ragged is not None:
+            t.ledger.grids.append((self.ragged, w_row, why))
         ins, outs = (w_cell, columns) if self.transposed else (columns, w_cell)
         if cell is None:
             t.freeze(outs, "outputs of one channel of a depthwise convolution go together")

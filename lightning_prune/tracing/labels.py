@@ -168,17 +168,8 @@ class Ledger:
             self.ands.append((spread.ravel(), cell.ravel(), leaf.ravel()))
             self.grids.append((cell.reshape(-1, cell.shape[-1]), row.ravel(), why))
             self._splits[key] = (row, cell)
-        return self._splits[key]
-
-    def remember_split(self, flat: Ints, outer: int, row: Ints, cell: Ints) -> None:
-        """Let a later split of a merged label give back what was merged."""
-        self._splits.setdefault((flat.tobytes(), flat.shape[-1], outer), (row, cell))
-
-    def bind(self, label: Label, dim: int, why: int) -> None:
-        """The rows of a scoped label keep equally many."""
-        rows = along(label, dim)
-        if len(rows) > 1:
-            self.grids.append((np.unique(rows, axis=0), None, why))
+        row, cell = self._splits[key]
+        return row.reshape(*flat.shape[:-1], outer), cell.reshape(*flat.shape[:-1], outer, -1)
 
     def axis(self, label: Label, dim: int) -> int:
         """Number of the axis that a label stands for."""

@@ -144,3 +144,19 @@ def over_one_dim(t: Tracer, a: Arguments, out: Any) -> None:
 def topk(t: Tracer, a: Arguments, out: Any) -> None:
     """Picks along one dimension, which stays."""
     over_one_dim(t, a, out)
+
+
+@rule("_weight_norm_interface", "_weight_norm")
+def weight_norm(t: Tracer, a: Arguments, out: Any) -> None:
+    """g v / ||v||, the norm taken over all dimensions but one: zeros do not change it."""
+    v, g, dim = a["v"], a["g"], a["dim"]
+    result = tensors_in((out,))[0]
+    tags, scale = t.tags(v), t.tags(g)
+    for d, label in enumerate(tags.dims):
+        if label is None or not label.any():
+            continue
+        if d == dim % v.ndim and scale.dims[d] is not None:
+            t.ledger.tie(label, scale.dims[d], t.why("scale of"))
+        elif d == dim % v.ndim or not tags.zero[d]:
+            t.freeze(label, "normalised where removed units are not zero")
+    t.put(result, Tags(tags.dims, tags.zero, tags.statistics))

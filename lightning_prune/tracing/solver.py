@@ -72,10 +72,16 @@ class _Union:
         self.of = names[component][self.of]
 
 
-def solve(ledger: Ledger) -> Classes:
-    """Close all ties and freezes under congruence."""
-    left = np.concatenate([np.zeros(1, np.int64), *(a for a, _, _ in ledger.ties)])
-    right = np.concatenate([np.zeros(1, np.int64), *(b for _, b, _ in ledger.ties)])
+def solve(ledger: Ledger, lone: Ints | None = None) -> Classes:
+    """Close all ties and freezes under congruence.
+
+    Args:
+        ledger: What the trace learnt.
+        lone: Atoms to freeze on top of it.
+    """
+    extra = np.zeros(0, np.int64) if lone is None else lone
+    left = np.concatenate([np.zeros(1, np.int64), extra, *(a for a, _, _ in ledger.ties)])
+    right = np.concatenate([np.zeros(1 + len(extra), np.int64), *(b for _, b, _ in ledger.ties)])
     union = _Union(ledger.count, left, right)
     empty = np.zeros(0, np.int64)
     ands = [np.concatenate([empty, *(part[k] for part in ledger.ands)]) for k in range(3)]
@@ -144,7 +150,7 @@ def _equal_rows(row: Ints, leaf: Ints) -> list[tuple[Ints, Ints]]:
 def _freeze_rows(union: _Union, ands: list[Ints], heads: Ints) -> bool:
     """Rows that are not heads stay whole, and so do rows of a leaf that is cut two ways."""
     row, cell, leaf = (union.of[part] for part in ands)
-    live = row != FROZEN
+    live = (row != FROZEN) & (cell != FROZEN) & (leaf != FROZEN)
     is_head = np.zeros(int(union.of.max()) + 1, bool)
     is_head[union.of[heads]] = True
     bad = live & ~is_head[row]
