@@ -344,7 +344,7 @@ class StructuredPruning(Callback):
             self._rounding_told = True
             rank_zero_warn(
                 f"the gradient of {names[0]!r} has less than 24 bits, where the penalty of "
-                f"reg={self.options.reg:g} may round to nothing; use precision='bf16-mixed' or '16-mixed', or a larger reg"
+                f"reg={self.options.reg:g} may round to nothing; use precision='bf16-mixed' or a larger reg"
             )
 
     def _is_finite(self, trainer: Trainer, pruner: GroupNormPruner) -> bool:

@@ -13,7 +13,12 @@ from lightning_prune.errors import OptionError, PruneError
 
 pytestmark = [  # Lightning 2.6 on torch 2.13, and advice that a test does not need
     pytest.mark.filterwarnings(f"ignore:{text}")
-    for text in (".*LeafSpec", ".*does not have many workers", ".*number of training batches")
+    for text in (
+        ".*LeafSpec",
+        ".*does not have many workers",
+        ".*number of training batches",
+        "Be aware that when using .ckpt_path",
+    )
 ]
 CHANNELS = 8
 

@@ -1,0 +1,121 @@
+"""Checkpointing and early stopping that compare only epochs of equal structure.
+
+The metric of an unpruned epoch is no yardstick for a pruned one: the usual callbacks keep the epoch before
+the cut, or stop right after it. These wait for the last cut; a plain ``ModelCheckpoint()`` without
+``monitor`` beside them still saves what a resume needs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from typing_extensions import override
+
+from lightning_prune.callback import StructuredPruning
+from lightning_prune.strategies import callbacks_of
+
+__all__ = ["PrunedEarlyStopping", "PrunedModelCheckpoint"]
+
+
+def _schedules(trainer: Trainer) -> list[StructuredPruning]:
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, StructuredPruning)]
+
+
+def _is_waiting(trainer: Trainer) -> bool:
+    return not all(schedule.target_reached for schedule in _schedules(trainer))
+
+
+def _level(trainer: Trainer) -> int:
+    """Count the cuts made so far."""
+    return sum(schedule.steps_done for schedule in _schedules(trainer))
+
+
+class PrunedModelCheckpoint(ModelCheckpoint):
+    """Save the best *pruned* epochs: nothing before the last cut, or the best of every level.
+
+    Without a ``StructuredPruning`` in the Trainer it is a plain ``ModelCheckpoint``.
+
+    Args:
+        per_level: Save at every level of sparsity, and begin anew with every cut: ``best_model_path`` is then
+            the best since the last one, and files of earlier levels stay. Put ``{prune/sparsity:.2f}`` into
+            ``filename``, with ``auto_insert_metric_name=False``, to tell them apart.
+        **kwargs: Arguments of ``ModelCheckpoint``.
+
+    >>> PrunedModelCheckpoint(monitor="val_acc", mode="max").waits_for_pruning
+    True
+    """
+
+    waits_for_pruning = True
+
+    def __init__(self, *, per_level: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.per_level = per_level
+        self._seen_level: int | None = None
+        self._judged_level: int | None = None  # level of the last validation
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A resumed run goes on with the best of the level it stopped in.
+        self._seen_level = _level(trainer)
+        super().on_train_start(trainer, pl_module)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        level = _level(trainer)  # checkpoint callbacks come last, so a cut of this epoch is made
+        if self.per_level and level != self._seen_level:
+            self._begin_anew()
+        self._seen_level = level
+        super().on_train_epoch_start(trainer, pl_module)
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        # Right after a cut the monitored value is still that of the epoch before it.
+        if self._counts(trainer) and self._judged_level == _level(trainer):
+            super().on_train_batch_end(trainer, *args, **kwargs)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._judged_level = _level(trainer)
+        if self._counts(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._judged_level = _level(trainer)
+        if self._counts(trainer):
+            super().on_validation_end(trainer, pl_module)
+
+    def _counts(self, trainer: Trainer) -> bool:
+        return self.per_level or not _is_waiting(trainer)
+
+    def _begin_anew(self) -> None:
+        self.best_k_models = {}
+        self.best_model_path = self.kth_best_model_path = ""
+        self.best_model_score = self.current_score = None
+        self.kth_value = torch.tensor(float("inf") if self.mode == "min" else float("-inf"))
+
+
+class PrunedEarlyStopping(EarlyStopping):
+    """Stop when the *pruned* network stops improving: patience begins with the epoch of the last cut.
+
+    Without a ``StructuredPruning`` in the Trainer it is a plain ``EarlyStopping``. Takes its arguments.
+
+    >>> PrunedEarlyStopping(monitor="val_loss").waits_for_pruning
+    True
+    """
+
+    waits_for_pruning = True
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not _is_waiting(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not _is_waiting(trainer):
+            super().on_validation_end(trainer, pl_module)

@@ -1,0 +1,336 @@
+"""Checkpoints of a pruned fit: resuming to the same bits, testing, loading by class, averaged copies, best epochs."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from test_callback import CHANNELS, Plain, Quiet, build, data, fit, pytestmark  # noqa: F401 - same filters
+from torch import nn
+
+from lightning_prune.checkpoint import PrunableMixin, load_from_checkpoint, load_pruned_state
+from lightning_prune.checkpointing import PrunedEarlyStopping, PrunedModelCheckpoint
+from lightning_prune.errors import CheckpointMismatchError
+
+
+class Cosine(Plain):
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def test_step(self, batch, batch_idx):
+        self.log("test_acc", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+
+class Mixed(PrunableMixin, Cosine):
+    pass
+
+
+def pruning(**options):
+    return Quiet(0.5, start_epoch=1, iterative_steps=3, options={"reg": 0.01}, **options)
+
+
+def every_epoch(folder, **options):
+    return ModelCheckpoint(folder, "{epoch}", save_top_k=-1, **options)
+
+
+def digest(trainer):
+    """Of all that a run is: weights, buffers, optimizer state, learning rate."""
+    total = hashlib.sha256()
+    for name, tensor in trainer.lightning_module.state_dict().items():
+        total.update(name.encode() + tensor.cpu().numpy().tobytes())
+    for optimizer in trainer.optimizers:
+        state = optimizer.state_dict()
+        for index, values in sorted(state["state"].items()):
+            for key, value in sorted(values.items()):
+                total.update(f"{index}{key}".encode() + torch.as_tensor(value).cpu().numpy().tobytes())
+        total.update(str([group["lr"] for group in state["param_groups"]]).encode())
+    return total.hexdigest()
+
+
+def averaged(trainer):
+    models = [getattr(c, "_average_model", None) for c in trainer.callbacks]
+    return [{k: v.clone() for k, v in m.state_dict().items()} for m in models if m is not None]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_resuming_from_any_epoch_gives_the_same_bits(tmp_path, optimizer):
+    whole = fit(
+        build(Cosine, optimizer=optimizer),
+        pruning(),
+        every_epoch(tmp_path),
+        max_epochs=5,
+        enable_checkpointing=True,
+    )
+    assert whole.lightning_module.net.conv.out_channels == CHANNELS // 2
+    expected = digest(whole)
+    for epoch in range(4):
+        callback = pruning()
+        path = tmp_path / f"epoch={epoch}.ckpt"
+        resumed = fit(build(Cosine, optimizer=optimizer), callback, ckpt_path=path, max_epochs=5)
+        assert digest(resumed) == expected, f"from epoch {epoch}"
+        assert callback.pruner.current_step == 3
+
+
+@pytest.mark.parametrize("array", [True, False], ids=["example_input_array", "recorded inputs"])
+def test_a_resumed_run_cuts_before_any_forward(tmp_path, array):
+    class Net(Cosine):
+        def __init__(self):
+            super().__init__()
+            self.example_input_array = torch.zeros(2, 3, 5, 5) if array else None
+
+    class Watch(Quiet):
+        def on_train_epoch_start(self, trainer, pl_module):
+            was_built = self.pruner is not None
+            super().on_train_epoch_start(trainer, pl_module)
+            seen.append((was_built, pl_module.net.conv.out_channels))
+
+    seen = []
+    fit(build(Net), Watch(start_epoch=1), every_epoch(tmp_path), max_epochs=1, enable_checkpointing=True)
+    fit(build(Net), Watch(start_epoch=1), ckpt_path=tmp_path / "epoch=0.ckpt", max_epochs=2)
+    assert seen == [(array, CHANNELS), (True, CHANNELS // 2)]
+
+
+class Slow:
+    """A loader that can go on from the middle of an epoch."""
+
+    def __init__(self):
+        self.batches, self.next = list(data()), 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        self.next %= len(self.batches)  # the Trainer does not ask for the end of an epoch
+        while self.next < len(self.batches):
+            self.next += 1
+            yield self.batches[self.next - 1]
+
+    def state_dict(self):
+        return {"next": self.next}
+
+    def load_state_dict(self, state):
+        self.next = state["next"]
+
+
+def test_resuming_in_the_middle_of_an_epoch_gives_the_same_bits(tmp_path):
+    steps = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+    whole = fit(build(Cosine), pruning(), steps, max_epochs=3, loader=Slow(), enable_checkpointing=True)
+    for step in (1, 3, 5, 6, 10):
+        path = tmp_path / f"step={step}.ckpt"
+        resumed = fit(build(Cosine), pruning(), ckpt_path=path, max_epochs=3, loader=Slow())
+        assert digest(resumed) == digest(whole), f"from step {step}"
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+@pytest.mark.filterwarnings("ignore:.*swa_epoch_start", "ignore:.*Swapping scheduler")
+def test_averaged_copies_follow_and_resume(tmp_path, kind, ours_first):
+    def callbacks():
+        other = (
+            EMAWeightAveraging(decay=0.5)
+            if kind == "ema"
+            else StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=3)
+        )
+        return [pruning(), other] if ours_first else [other, pruning()]
+
+    cls = Cosine if kind == "ema" else Plain
+    whole = fit(build(cls), *callbacks(), every_epoch(tmp_path), max_epochs=5, enable_checkpointing=True)
+    assert whole.lightning_module.net.conv.weight.shape[0] == CHANNELS // 2
+    for epoch in (0, 1, 2) if kind == "swa" else range(4):
+        resumed = fit(build(cls), *callbacks(), ckpt_path=tmp_path / f"epoch={epoch}.ckpt", max_epochs=5)
+        assert digest(resumed) == digest(whole), f"from epoch {epoch}"
+        for one, two in zip(averaged(resumed), averaged(whole), strict=True):
+            assert all(torch.equal(one[name], two[name]) for name in two)
+
+
+def test_an_averaged_checkpoint_loads_everywhere(tmp_path):
+    def callbacks():
+        return pruning(module="net"), EMAWeightAveraging(decay=0.5)
+
+    fit(build(Cosine), *callbacks(), every_epoch(tmp_path), max_epochs=4, enable_checkpointing=True)
+    path = tmp_path / "epoch=3.ckpt"
+    model = load_from_checkpoint(Cosine, path)
+    other, plain = build(Cosine), build(Cosine)
+    load_pruned_state(plain, torch.load(path, weights_only=True))
+    trainer = quiet_trainer(*callbacks())
+    with pytest.warns(UserWarning, match="WeightAveraging"):
+        trainer.test(other, data(), ckpt_path=path, verbose=False)
+    x = next(iter(data()))[0]
+    assert model.net.conv.out_channels == CHANNELS // 2
+    assert torch.equal(model.eval()(x), other.eval()(x))
+    assert torch.equal(model(x), plain.eval()(x))
+
+
+def quiet_trainer(*callbacks):
+    from lightning.pytorch import Trainer
+
+    return Trainer(
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+    )
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+@pytest.mark.parametrize("module", [None, "net"])
+def test_a_checkpoint_loads_by_class_by_mixin_and_by_hand(tmp_path, weights_only, module):
+    saver = every_epoch(tmp_path, save_weights_only=weights_only)
+    trainer = fit(build(Mixed), pruning(module=module), saver, max_epochs=4, enable_checkpointing=True)
+    path, x = tmp_path / "epoch=3.ckpt", next(iter(data()))[0]
+    expected = trainer.lightning_module.eval()(x)
+    by_hand = build(Cosine)
+    load_pruned_state(by_hand, torch.load(path, weights_only=True))
+    inner = build(Cosine).net
+    load_pruned_state(inner, torch.load(path, weights_only=True), prefix="net.") if module else None
+    for model in (
+        load_from_checkpoint(Cosine, path, optimizer="adamw"),
+        Mixed.load_from_checkpoint(path),
+        by_hand,
+    ):
+        assert torch.equal(model.eval()(x), expected)
+        assert model.net.conv.out_channels == CHANNELS // 2
+    assert type(load_from_checkpoint(Cosine, path)) is Cosine
+    if module:
+        assert torch.equal(inner.eval()(x), expected)
+
+
+def test_best_and_last_load_into_the_pruned_model_dense_ones_included(tmp_path):
+    saver = every_epoch(tmp_path, save_last=True)
+    trainer = fit(build(Cosine), pruning(), saver, max_epochs=5, enable_checkpointing=True)
+    model = trainer.lightning_module
+    trainer.test(model, data(), ckpt_path="last", verbose=False)
+    assert model.net.conv.out_channels == CHANNELS // 2
+    trainer.test(model, data(), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    assert model.net.conv.out_channels == CHANNELS
+    trainer.test(model, data(), ckpt_path=tmp_path / "epoch=1.ckpt", verbose=False)
+    assert model.net.conv.out_channels == 7  # a third of one half of 8, rounded
+
+
+def test_a_prune_in_the_last_epoch_is_in_the_last_checkpoint(tmp_path):
+    trainer = fit(
+        build(Cosine),
+        Quiet(0.5, start_epoch=1),
+        every_epoch(tmp_path),
+        max_epochs=2,
+        enable_checkpointing=True,
+    )
+    assert trainer.lightning_module.net.conv.out_channels == CHANNELS // 2
+    assert load_from_checkpoint(Cosine, tmp_path / "epoch=1.ckpt").net.conv.out_channels == CHANNELS // 2
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+    class Wide(Cosine):
+        def __init__(self):
+            super().__init__()
+            self.net.conv = nn.Conv2d(3, 12, 3, bias=False)
+            self.net.bn = nn.BatchNorm2d(12)
+            self.net.fc = nn.Linear(12, 2)
+
+    fit(build(Cosine), pruning(), every_epoch(tmp_path), max_epochs=3, enable_checkpointing=True)
+    path = tmp_path / "epoch=2.ckpt"
+    for load in (
+        lambda: fit(build(Wide), pruning(), ckpt_path=path),
+        lambda: load_from_checkpoint(Wide, path),
+    ):
+        with pytest.raises(
+            CheckpointMismatchError, match=r"net.bn.bias of shape \[8\], this model has \[12\]"
+        ):
+            load()
+
+
+def test_a_smaller_checkpoint_that_no_plan_explains_is_refused(tmp_path):
+    class Thin(Cosine):
+        def __init__(self):
+            super().__init__()
+            self.net.conv = nn.Conv2d(3, 4, 3, bias=False)
+            self.net.bn = nn.BatchNorm2d(4)
+            self.net.fc = nn.Linear(4, 2)
+
+    fit(build(Thin), every_epoch(tmp_path), max_epochs=1, enable_checkpointing=True)
+    with pytest.raises(CheckpointMismatchError, match="no plan that explains them"):
+        fit(build(Cosine), pruning(), ckpt_path=tmp_path / "epoch=0.ckpt")
+
+
+class Scripted(Plain):
+    """Validation accuracy by epoch, as written here: highest before the cut."""
+
+    scores = (0.9, 0.95, 0.6, 0.7, 0.65, 0.6)
+
+    def validation_step(self, batch, batch_idx):
+        if not self.trainer.sanity_checking:
+            self.log("val_acc", torch.tensor(self.scores[self.trainer.current_epoch]))
+
+    def val_dataloader(self):
+        return data()
+
+
+def test_the_best_pruned_epoch_is_kept(tmp_path):
+    saver = PrunedModelCheckpoint(dirpath=tmp_path, filename="{epoch}", monitor="val_acc", mode="max")
+    fit(build(Scripted), Quiet(0.5, start_epoch=2), saver, max_epochs=6, enable_checkpointing=True)
+    assert saver.best_model_path.endswith("epoch=3.ckpt")
+    assert [p.name for p in tmp_path.iterdir()] == ["epoch=3.ckpt"]
+
+
+def test_the_best_of_every_level_is_kept(tmp_path):
+    saver = PrunedModelCheckpoint(
+        dirpath=tmp_path, filename="{epoch}", monitor="val_acc", mode="max", per_level=True
+    )
+    callback = Quiet(0.5, start_epoch=2, every_n_epochs=2, iterative_steps=2)
+    fit(build(Scripted), callback, saver, max_epochs=6, enable_checkpointing=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch=1.ckpt", "epoch=3.ckpt", "epoch=4.ckpt"]
+    assert saver.best_model_path.endswith("epoch=4.ckpt")
+
+
+def test_early_stopping_begins_to_count_after_the_last_cut():
+    stopper = PrunedEarlyStopping("val_acc", mode="max", patience=2)
+    trainer = fit(build(Scripted), Quiet(0.5, start_epoch=2), stopper, max_epochs=6)
+    assert trainer.current_epoch == 6  # best 0.7 in epoch 3, two worse ones after it
+    assert stopper.best_score == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [ModelCheckpoint(monitor="val_acc"), EarlyStopping("val_acc")],
+    ids=["ModelCheckpoint", "EarlyStopping"],
+)
+def test_callbacks_that_judge_unpruned_epochs_are_pointed_out(callback, tmp_path):
+    name = type(callback).__name__
+    with pytest.warns(UserWarning, match=rf"{name}\(monitor='val_acc'\).*use lightning_prune\.Pruned{name}"):
+        fit(
+            build(Scripted),
+            Quiet(0.5),
+            callback,
+            max_epochs=1,
+            enable_checkpointing=True,
+            default_root_dir=tmp_path,
+        )
+
+
+def test_the_state_holds_plain_data(tmp_path):
+    fit(build(Cosine), pruning(), every_epoch(tmp_path), max_epochs=2, enable_checkpointing=True)
+    state = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)
+    assert LightningModule  # the file was read without it
+    (ours,) = [value for key, value in state["callbacks"].items() if key.startswith("Quiet")]
+
+    def plain(value):
+        if isinstance(value, dict):
+            return all(map(plain, value)) and all(map(plain, value.values()))
+        if isinstance(value, (list, tuple)):
+            return all(map(plain, value))
+        return value is None or type(value) in (bool, int, float, str) or isinstance(value, torch.Tensor)
+
+    assert plain(ours)
+    assert state["lightning_prune"].keys() == {""}
