@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -51,14 +52,14 @@ class Block:
     Args:
         tensor: Its name.
         shape: Its shape; a tensor that has another one is not the tensor this was made for.
-        order: Permutation to memory order.
+        order: Permutation to memory order, None where that is the order it has.
         view: Sizes of the view.
         slots: Slots, at least one.
     """
 
     tensor: str
     shape: tuple[int, ...]
-    order: tuple[int, ...]
+    order: tuple[int, ...] | None
     view: tuple[int, ...]
     slots: tuple[Slot, ...]
 
@@ -77,7 +78,7 @@ class Block:
         Raises:
             RuntimeError: If it lies otherwise in memory, so that no such view exists.
         """
-        return tensor.permute(self.order).view(self.view)
+        return (tensor if self.order is None else tensor.permute(self.order)).view(self.view)
 
     def sums(self, tensor: Tensor, scratch: Tensor, step: int) -> list[Tensor]:
         """Sum the squares per position of every slot, in one pass.
@@ -91,7 +92,7 @@ class Block:
             Per slot, [positions].
         """
         parts: list[list[Tensor]] = [[] for _ in self.slots]
-        for chunk in torch.split(tensor, step):
+        for chunk in torch.split(tensor, step) if step < len(tensor) else (tensor,):
             squares = scratch[: chunk.numel()].view(chunk.shape)
             if chunk.dtype == scratch.dtype:
                 torch.mul(chunk, chunk, out=squares)
@@ -136,25 +137,31 @@ class Block:
             step: Rows per chunk.
             clean: Whether to count elements that are not finite as 0.
         """
-        pieces = [torch.split(f, step) if f.shape[0] > 1 else None for f in factors]
-        same = tensor.dtype == target.dtype == scratch.dtype
-        for i, (into, chunk) in enumerate(
-            zip(torch.split(target, step), torch.split(tensor, step), strict=True)
+        if step >= len(tensor):
+            self._add_chunk(target, tensor, factors, scratch, clean=clean)
+            return
+        per_chunk = [torch.split(f, step) if len(f) > 1 else repeat(f) for f in factors]
+        for into, chunk, *here in zip(
+            torch.split(target, step), torch.split(tensor, step), *per_chunk, strict=False
         ):
-            source = chunk
-            if clean:
-                source = scratch[: chunk.numel()].view(chunk.shape)
-                source.copy_(chunk).nan_to_num_(0, 0, 0)
-            here = [f if p is None else p[i] for f, p in zip(factors, pieces, strict=True)]
-            if same:
-                for factor in here:
-                    into.addcmul_(source, factor)
-            else:  # one rounding to the target's precision instead of one per slot
-                into.addcmul_(source, sum(here[1:], here[0]))
+            self._add_chunk(into, chunk, here, scratch, clean=clean)
+
+    def _add_chunk(
+        self, into: Tensor, chunk: Tensor, factors: Sequence[Tensor], scratch: Tensor, *, clean: bool
+    ) -> None:
+        source = chunk
+        if clean:
+            source = scratch[: chunk.numel()].view(chunk.shape)
+            source.copy_(chunk).nan_to_num_(0, 0, 0)
+        if into.dtype == scratch.dtype:
+            for factor in factors:
+                into.addcmul_(source, factor)
+        else:  # one rounding to the target's precision instead of one per slot
+            into.addcmul_(source, sum(factors[1:], factors[0]))
 
 
-def _unrepeat(total: Tensor, repeat: int) -> Tensor:
-    return total.view(-1, repeat).sum(1) if repeat > 1 else total
+def _unrepeat(total: Tensor, times: int) -> Tensor:
+    return total.view(-1, times).sum(1) if times > 1 else total
 
 
 def plan_blocks(tensors: Mapping[str, Tensor], wanted: Iterable[tuple[str, int, int]]) -> list[Block]:
@@ -210,23 +217,24 @@ def _draft(name: str, tensor: Tensor, split: int, dims: Sequence[tuple[int, int]
             axes.append((tensor.shape[0] // split, here))
         else:
             axes.append((tensor.shape[dim], here))
-    repeat = 1
+    times = 1
     if tensor.permute(order).is_contiguous():
         axes = _merged(axes)
         if len(axes) > 2 and not axes[-1][1] and axes[-1][0] < FOLD_BELOW:
-            repeat = axes[-1][0]
-            axes = [*axes[:-2], (axes[-2][0] * repeat, axes[-2][1])]
-    slots = tuple(_slot(i, dim, rows, axes, repeat) for i, (dim, rows) in enumerate(dims))
-    return Block(name, tuple(tensor.shape), order, tuple(size for size, _ in axes), slots)
+            times = axes[-1][0]
+            axes = [*axes[:-2], (axes[-2][0] * times, axes[-2][1])]
+    slots = tuple(_slot(i, dim, rows, axes, times) for i, (dim, rows) in enumerate(dims))
+    straight = order == tuple(range(tensor.dim()))
+    return Block(name, tuple(tensor.shape), None if straight else order, tuple(s for s, _ in axes), slots)
 
 
-def _slot(i: int, dim: int, rows: int, axes: Sequence[Axis], repeat: int) -> Slot:
+def _slot(i: int, dim: int, rows: int, axes: Sequence[Axis], times: int) -> Slot:
     touched = [i in owners for _, owners in axes]
-    repeat = repeat if touched[-1] else 1
+    times = times if touched[-1] else 1
     shape = [size if t else 1 for (size, _), t in zip(axes, touched, strict=True)]
-    shape[-1] //= repeat
+    shape[-1] //= times
     reduce = tuple(a for a, t in enumerate(touched) if not t)
-    return Slot(dim, rows, 0, 0, tuple(shape), reduce, repeat)
+    return Slot(dim, rows, 0, 0, tuple(shape), reduce, times)
 
 
 def _memory_order(tensor: Tensor) -> tuple[int, ...]:

@@ -198,7 +198,9 @@ class Regularizer:
         first = seen[self._blocks[0].tensor] if self._blocks else torch.empty(0)
         wide = any(seen[b.tensor].dtype == torch.float64 for b in self._blocks)
         self._device, self._dtype = first.device, torch.float64 if wide else torch.float32
-        limit = CHUNK_CPU if self._device.type == "cpu" else CHUNK_DEVICE
+        # A CPU answers at once; asking an accelerator would stall it.
+        self._immediate = self._device.type == "cpu"
+        limit = CHUNK_CPU if self._immediate else CHUNK_DEVICE
         self._steps = [b.step(limit) for b in self._blocks]
         self._scratch = max(
             (s * math.prod(b.view[1:]) for s, b in zip(self._steps, self._blocks, strict=True)), default=0
@@ -255,7 +257,7 @@ class Regularizer:
 
     def _is_dirty(self) -> bool:
         """Whether something may not be finite; an accelerator is not asked, the answer there is yes."""
-        return self._device.type != "cpu" or bool(self._dirty)
+        return not self._immediate or bool(self._dirty)
 
     def _sums(self, views: Sequence[Tensor], *, clean: bool) -> Tensor:
         """Sum squares per position, [positions]."""
@@ -298,7 +300,7 @@ class Regularizer:
         if not self._blocks:
             return
         tensors = [self._parameters[b.tensor].detach() for b in self._blocks]
-        if self._device.type == "cpu":
+        if self._immediate:
             # A plain sum is the cheapest pass that NaN and infinity survive.
             found = torch.stack([real(t).sum(dtype=self._dtype) for t in tensors])
         else:
@@ -307,7 +309,7 @@ class Regularizer:
         self._dirty = sick.any()
         if self.nan_policy == "zero":
             self._notice()
-        elif self._device.type != "cpu":
+        elif not self._immediate:
             hit = torch.zeros_like(self._resting, dtype=self._dtype)
             hit.index_add_(0, self._touch[:, 1], sick[self._touch[:, 0]].to(self._dtype))
             self._resting = hit > 0
@@ -320,31 +322,54 @@ class Regularizer:
         """Remember on the device what was found; a CPU is asked at once."""
         self._seen |= self._dirty
         self._rested |= self._resting
-        if self._device.type == "cpu":
+        if self._immediate:
             self.check()
 
     def _write(self, grad_scale: float | Tensor) -> None:
         flat, clean = self._flat, self._is_dirty()
         if isinstance(grad_scale, Tensor) or grad_scale != 1:
             flat = flat * grad_scale
+        targets, updates = self._small_updates(flat, clean=clean)
         scratch = torch.empty(self._scratch, dtype=self._dtype, device=self._device)
-        targets, updates = [], []
-        for block, step in zip(self._blocks, self._steps, strict=True):
+        n = self._vectors
+        for block, step in zip(self._blocks[n:], self._steps[n:], strict=True):
             parameter = self._parameters[block.tensor]
-            grad = parameter.grad
-            if not parameter.requires_grad or grad is None or grad.is_sparse:
+            grad = _grad(parameter)
+            if grad is None:
                 continue
             view, factors = block.look(real(parameter.detach())), block.spread(flat)
             try:
                 into = block.look(real(grad))
             except RuntimeError:  # the gradient lies otherwise in memory than its parameter
-                update = torch.zeros_like(parameter, memory_format=torch.preserve_format)
                 targets.append(grad)
-                updates.append(update)
-                into = block.look(real(update))
+                updates.append(torch.zeros_like(parameter))
+                into = block.look(real(updates[-1]))
             block.add_scaled(into, view, factors, scratch, step=step, clean=clean)
         if targets:
             torch._foreach_add_(targets, updates)
+
+    def _small_updates(self, flat: Tensor, *, clean: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """Give the gradients of all vectors and what to add to them, made in one go."""
+        live, sizes, weights = [], [], []
+        for block in self._blocks[: self._vectors]:
+            parameter = self._parameters[block.tensor]
+            live.append(_grad(parameter))
+            sizes.append(parameter.numel())
+            weights.append(block.look(parameter.detach()).flatten())
+        if not weights:
+            return [], []
+        joined = torch.cat(weights).to(self._dtype)
+        if clean:
+            joined = joined.nan_to_num_(0, 0, 0)
+        updates = torch.split(joined.mul_(flat[: len(joined)]), sizes)
+        pairs = [(g, u.view(g.shape)) for g, u in zip(live, updates, strict=True) if g is not None]
+        return [g for g, _ in pairs], [u for _, u in pairs]
+
+
+def _grad(parameter: Tensor) -> Tensor | None:
+    """Give the gradient that may be written to, if there is one."""
+    grad = parameter.grad if parameter.requires_grad else None
+    return grad if grad is not None and grad.layout == torch.strided else None
 
 
 def _facts(tensor: Tensor) -> tuple[Any, ...]:
