@@ -47,7 +47,7 @@ class Separate(nn.Module):
 class Fused(nn.Module):
     """Multi-head attention with one projection for q, k and v; ``style`` is how it is taken apart."""
 
-    def __init__(self, dim: int = DIM, heads: int = HEADS, style: str = "unbind") -> None:
+    def __init__(self, dim: int = DIM, heads: int = HEADS, style: str = "index") -> None:
         super().__init__()
         self.heads, self.dim, self.style = heads, dim, style
         self.scale = (dim // heads) ** -0.5
@@ -161,6 +161,7 @@ SEPARATE_GROUPS = (
     MLP_GROUP,
     "att.q.weight:0 att.q.bias:0 att.k.weight:0 att.k.bias:0",
     "att.v.weight:0 att.v.bias:0 att.proj.weight:1",
+    "att.q.weight:0 att.q.bias:0 att.k.weight:0 att.k.bias:0 att.v.weight:0 att.v.bias:0 att.proj.weight:1",  # heads
 )
 
 

@@ -90,7 +90,8 @@ def _recurrent(kind: type[nn.RNNBase]) -> nn.Module:
 
 
 OTHER_CASES: list[Case] = [
-    Case("roll", lambda: _moved("roll"), image, f"{C1} {C2}", TAIL, (f"{G1} c2.weight:1", G2)),
+    # A roll leaves the kept channels in another order: replaying it and staying whole are both exact.
+    Case("roll", lambda: _moved("roll"), image, C2.split(" ", 1)[1], TAIL, whole=False),
     Case("flip", lambda: _moved("flip"), image, f"{C1} {C2}", TAIL, (f"{G1} c2.weight:1", G2)),
     Case(
         "repeat_interleave",
@@ -167,7 +168,7 @@ OTHER_CASES: list[Case] = [
         "0.bias:0=4 0.parametrizations.weight.original:0=4 2.weight:1=4",
         "2.bias:0",
     ),
-    Case("buffers", _buffers, image, f"{C1} c2.weight:1=4 c2.weight:0=3 c2.bias:0=3", TAIL),
+    Case("buffers", _buffers, image, f"{C1} {C2}", TAIL),
     Case(
         "two_inputs",
         _two_inputs,

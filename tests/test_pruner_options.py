@@ -217,6 +217,7 @@ def test_linear_steps() -> None:
 
 
 @pytest.mark.parametrize("name", ["cubic", "exponential"])
+@pytest.mark.filterwarnings("ignore:There was nothing")
 def test_curved_schedules_reach_the_ratio_another_way(name: str) -> None:
     counts = _run_steps(pruning_ratio=0.5, iterative_steps=5, iterative_pruning_ratio_scheduler=name)
     assert counts[-1] == 50

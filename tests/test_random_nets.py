@@ -77,6 +77,8 @@ def test_counts_are_exact_and_units_whole(spec: Spec, ratio: float, seed: int) -
     owned = [u for g in groups for u in g.units.tolist()]
     assert len(owned) == len(set(owned)), "a unit stands in two groups"
     for group in groups:
+        if group.kind == "head":  # whole heads stay here, and lose dimensions
+            continue
         removed = group.n_units - len(kept_units(group, plan))
         assert removed < group.n_units
         if not spec.gridded:
