@@ -144,6 +144,9 @@ def _expected(before: Analysis, keep: Bools) -> Classes:
     for rows in [*(rows for rows, _, _ in ledger.grids), *(_atoms(before, p) for p in before.graph.places)]:
         lives = alive[of[rows]]
         lone.append(rows[lives & (lives.sum(axis=1, keepdims=True) == 1) & (rows.shape[1] > 1)])
+    for cells, outputs in ledger.depthwise:
+        if (alive[of[cells]].sum(axis=-1) == 1).all():  # it has become depthwise: its outputs go together now
+            lone.append(outputs.ravel())
     for owners in (o for _, o, _ in ledger.grids if o is not None):
         left = np.unique(of[owners][alive[of[owners]]])
         if len(left) == 1 and len(np.unique(of[owners])) > 1:

@@ -18,13 +18,15 @@ def explain(analysis: Analysis, name: str, dim: int) -> str:
 
     Args:
         analysis: The analysis.
-        name: Parameter or buffer.
+        name: Parameter or buffer, or a module, which stands for its weight.
         dim: Dimension; negative counts from the end.
 
     Raises:
         OptionError: If there is no such tensor or dimension.
     """
     leaves = analysis.graph.tracer.leaves
+    if name not in leaves and f"{name}.weight" in leaves:
+        name = f"{name}.weight"
     if name not in leaves:
         near = [n for n in leaves if name.split(".")[-1] in n][:5] or list(leaves)[:5]
         raise OptionError(f"explain: {name!r} is no parameter or buffer; nearest names: {', '.join(near)}")
@@ -40,6 +42,9 @@ def explain(analysis: Analysis, name: str, dim: int) -> str:
     if frozen:
         lines.append(f"{frozen} stay: {why_frozen(analysis, atoms.ravel()[classes == FROZEN])}")
     lines += _ties(analysis, name, dim)
+    reasons = _tie_reasons(analysis, classes)
+    if reasons:
+        lines.append(f"Ties: {'; '.join(reasons)}.")
     return "\n".join(lines)
 
 
@@ -61,6 +66,17 @@ def _ties(analysis: Analysis, name: str, dim: int) -> list[str]:
             tied = ", ".join(others[:SHOWN]) + more if others else "nothing else"
             lines.append(f"{group.n_units} units of kind {group.kind!r} in group {group.name}, tied with {tied}.")
     return lines
+
+
+def _tie_reasons(analysis: Analysis, classes: Ints) -> list[str]:
+    """Operations that tie these classes, in the order of the forward."""
+    ledger, of = analysis.graph.tracer.ledger, analysis.graph.classes.of
+    mine = np.zeros(len(analysis.graph.unit_of), bool)
+    mine[analysis.graph.classes.elements(classes)[1]] = True
+    mine[classes] = True
+    mine[FROZEN] = False
+    found = dict.fromkeys(ledger.explain(why) for a, _, why in ledger.ties if mine[of[a]].any())
+    return [*list(found)[:SHOWN], *([f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else [])]
 
 
 def why_frozen(analysis: Analysis, atoms: Ints) -> str:

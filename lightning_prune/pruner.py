@@ -18,7 +18,7 @@ from lightning_prune.explaining import explain
 from lightning_prune.groups import Group
 from lightning_prune.importance import Evidence
 from lightning_prune.optimizers import Carrier
-from lightning_prune.options import PruningOptions
+from lightning_prune.options import PruningOptions, check_budget
 from lightning_prune.plan import Plan
 from lightning_prune.ranking import rank
 from lightning_prune.regularizer import Regularizer
@@ -143,6 +143,9 @@ class GroupNormPruner:
         self.notes = choice.notes
         if dry_run:
             return plan
+        capped = [note for note in choice.notes if "max_pruning_ratio" in note]
+        if capped and self.options.max_pruning_ratio < 1:
+            warnings.warn("; ".join(capped), stacklevel=2)
         if not plan:
             warnings.warn(f"There was nothing to prune in step {self.current_step + 1}: {self._why_nothing()}", stacklevel=2)
         return self.commit(plan, optimizers=optimizers)
@@ -231,14 +234,14 @@ class GroupNormPruner:
     # -- resuming ----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides the next step, as plain values and one tensor."""
+        """Everything that decides the next step, as numbers, strings, lists and dicts."""
         return {
             "step": self.current_step,
             "plan": self.plan.as_dict(),
             "initial": dict(self._initial),
             "dense": dict(self._dense),
             "head_dims": sorted(self._head_dims),
-            "rng": self._evidence.generator.get_state(),
+            "rng": bytes(self._evidence.generator.get_state().tolist()).hex(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -248,7 +251,7 @@ class GroupNormPruner:
         self._initial = {str(k): float(v) for k, v in state["initial"].items()}
         self._dense = {str(k): int(v) for k, v in state["dense"].items()}
         self._head_dims = frozenset(state["head_dims"])
-        self._evidence.generator.set_state(state["rng"])
+        self._evidence.generator.set_state(torch.tensor(list(bytes.fromhex(state["rng"])), dtype=torch.uint8))
         self._adopt(self._analysis)
         self._goal = self._targets(self.pruning_ratio)
         self._regularizer = None
@@ -369,21 +372,6 @@ def kept_units(analysis: Analysis, plan: Plan) -> Bools:
             np.logical_or.at(any_left, m.unit, lives[m.index])
             keep[group.units] &= any_left
     return keep
-
-
-def check_budget(budget: Mapping[str, float]) -> dict[str, float]:
-    """One of macs or params, a share in (0, 1].
-
-    >>> check_budget({"macs": 0.5})
-    {'macs': 0.5}
-    """
-    good = isinstance(budget, Mapping) and len(budget) == 1 and next(iter(budget)) in ("macs", "params")
-    if not good:
-        raise OptionError(f'budget must be {{"macs": share}} or {{"params": share}}, got {budget!r}')
-    ((name, share),) = budget.items()
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-        raise OptionError(f"budget {name} must be a share of the dense model in (0, 1], got {share!r}")
-    return {name: float(share)}
 
 
 def unwrapped(model: nn.Module, given: Any) -> Callable[..., None] | None:

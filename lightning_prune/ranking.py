@@ -39,7 +39,8 @@ def rank(
         importance: A name in ``IMPORTANCES`` or a callable ``group -> scores [n_units]``, higher = keep.
         normalizer: A name in ``NORMALIZERS``, None or a callable; see ``normalize``.
         nan_policy: Where a score is not finite: ``skip`` gives -inf, so that the unit goes first; ``zero``
-            counts non-finite *elements* as 0; ``raise`` refuses. The first two warn once, with names.
+            gives 0, which no norm is below, so that it is never strong; ``raise`` refuses. The first two warn
+            once, with names.
         evidence: What scores may look at beyond the weights; the memo in it is replaced.
 
     Returns:
@@ -50,7 +51,7 @@ def rank(
         PruneError: If a score is not finite and ``nan_policy`` is ``raise``.
     """
     check_nan_policy(nan_policy)
-    zero = nan_policy == "zero" and isinstance(importance, str)  # a callable reads its tensors itself
+    zero = nan_policy == "zero"
     evidence = replace(evidence or Evidence(), memo={})
     scores = [score(importance, group, tensors, evidence) for group in groups]
     bad = [i for i, s in enumerate(scores) if not bool(s.isfinite().all())]
@@ -58,12 +59,10 @@ def rank(
         where = _culprits([groups[i] for i in bad], tensors)
         if nan_policy == "raise":
             raise PruneError(f"{where} (nan_policy='raise'); repair the weights, or use 'skip' or 'zero'")
-        fate = "such values count as 0" if zero else "units that hold such values are cut first"
+        fate = "such units score 0" if zero else "units that hold such values are cut first"
         warnings.warn(f"{where}; {fate} (nan_policy={nan_policy!r})", stacklevel=2)
-    if bad and zero:
-        cleaned, clean_evidence = _zeroed(tensors), _zeroed_evidence(evidence)
-        for i in bad:
-            scores[i] = score(importance, groups[i], cleaned, clean_evidence)
+    if zero:
+        scores = [torch.where(s.isfinite(), s, 0) for s in scores]
     return [normalize(s, normalizer) for s in scores]
 
 
@@ -122,19 +121,3 @@ def _culprits(groups: Sequence[Group], tensors: Mapping[str, Tensor]) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _zeroed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name: t.detach().nan_to_num(0, 0, 0) if t.is_floating_point() else t for name, t in tensors.items()
-    }
-
-
-def _zeroed_evidence(evidence: Evidence) -> Evidence:
-    return replace(
-        evidence,
-        gradients=_zeroed(evidence.gradients),
-        squared_gradients=_zeroed(evidence.squared_gradients),
-        activations=_zeroed(evidence.activations),
-        memo={},
-    )

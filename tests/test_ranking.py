@@ -92,6 +92,27 @@ def test_ranking_of_groups_that_share_a_dimension_equals_one_by_one():
     torch.testing.assert_close(torch.cat(together), (tensors["w"] ** 2).sum(0))
 
 
+def test_ranking_keeps_the_dimensions_of_a_tensor_apart():
+    tensors = {"w": torch.randn(4, 4), "v": torch.randn(4, 4)}
+    groups = [group(whole(n, d, 4)) for n in tensors for d in (0, 1)]
+    groups.append(group(member("w", 1, range(8), range(8), 4, rows=2)))
+    found = rank(groups, tensors, importance="l1", normalizer=None)
+    sizes = {n: t.abs() for n, t in tensors.items()}
+    for scores, wanted in zip(
+        found,
+        [
+            *(t.sum(1 - d) for t in sizes.values() for d in (0, 1)),
+            torch.cat([sizes["w"][:2].sum(0), sizes["w"][2:].sum(0)]),
+        ],
+        strict=True,
+    ):
+        torch.testing.assert_close(scores, wanted)
+
+
+def test_scores_below_zero_are_divided_by_their_mean_magnitude():
+    check(normalize(torch.tensor([-3.0, -1.0]), "mean"), [-1.5, -0.5])
+
+
 @pytest.mark.parametrize("importance", ["group_norm", "l1", "l2", "lamp", "fpgm"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_skip_cuts_non_finite_units_first_and_ranks_the_others_by_their_own(importance, bad):
@@ -106,14 +127,14 @@ def test_skip_cuts_non_finite_units_first_and_ranks_the_others_by_their_own(impo
     torch.testing.assert_close(found[1], wanted[1])
 
 
-def test_zero_counts_the_element_and_not_the_unit():
-    tensors = {"w": torch.tensor([[math.nan, 2.0], [1.0, 1.0]])}
-    with pytest.warns(UserWarning, match="in w; such values count as 0"):
+def test_zero_gives_a_unit_with_a_bad_element_no_score():
+    tensors = {"w": torch.tensor([[math.nan, 9.0], [1.0, 1.0]])}
+    with pytest.warns(UserWarning, match="in w; such units score 0"):
         found = rank([group(whole("w", 0, 2))], tensors, nan_policy="zero", normalizer=None)
-    assert found[0].tolist() == [4, 2]
+    assert found[0].tolist() == [0, 2]
 
 
-def test_zero_cleans_the_gradients_too():
+def test_zero_holds_for_bad_gradients_too():
     tensors = {"w": torch.ones(2, 2)}
     evidence = Evidence(gradients={"w": torch.tensor([[math.inf, 2.0], [1.0, 1.0]])})
     with pytest.warns(UserWarning, match="scores of g are not finite"):
@@ -125,7 +146,7 @@ def test_zero_cleans_the_gradients_too():
             normalizer=None,
             evidence=evidence,
         )
-    assert found[0].tolist() == [4, 2]
+    assert found[0].tolist() == [0, 2]
 
 
 def test_raise_names_the_tensor():
@@ -157,7 +178,7 @@ def test_an_own_importance_gets_the_group_and_is_ranked():
 @pytest.mark.parametrize("policy", ["skip", "zero"])
 def test_a_non_finite_own_score_is_never_strong(policy):
     groups, tensors = pair([1.0, 2.0, 3.0], [1.0])
-    with pytest.warns(UserWarning, match="scores of a are not finite.*cut first"):
+    with pytest.warns(UserWarning, match="scores of a are not finite.*(cut first|score 0)"):
         found = rank(groups[:1], tensors, importance=lambda g: [math.inf, 1, 2], nan_policy=policy)
     assert found[0].argsort().tolist() == [0, 1, 2]
 

@@ -303,20 +303,26 @@ class _Grouped:
 
     def follow(self, source: Ints | None) -> tuple[Ints | None, Ints | None]:
         """Tie rows and cells; give (label of the groups, label of the output channels)."""
-        t, g = self.t, self.groups
+        t = self.t
         why = t.why("groups of a convolution")
         leaf = _flat(t, self.tags.dims[0], 0)
         columns = self.ragged if self.ragged is not None else _flat(t, self.tags.dims[1], 1)
-        if source is None or leaf is None:
-            for label in (source, leaf, columns):
+        if leaf is None:
+            for label in (source, columns):
                 t.freeze(label, MEETS)
-            return None, None if self.transposed else leaf
-        row, cell = self._rows(source, why)
+            return None, None
         w_row, w_cell = self._rows(leaf, why)
+        if source is None:
+            t.freeze(w_row, MEETS)
+            t.freeze(w_cell if self.transposed else columns, MEETS)
+            return None, self._result(w_row, columns) if self.transposed else leaf
+        row, cell = self._rows(source, why)
         t.ledger.tie(row, w_row, why)
         if self.ragged is not None:
             t.ledger.grids.append((self.ragged, w_row, why))
         ins, outs = (w_cell, columns) if self.transposed else (columns, w_cell)
+        if cell is not None and outs is not None:
+            t.ledger.depthwise.append((cell, outs))
         if cell is None:
             t.freeze(outs, "outputs of one channel of a depthwise convolution go together")
         elif ins is None:
@@ -325,9 +331,14 @@ class _Grouped:
             t.ledger.tie(cell, ins, why)
         if not self.transposed:
             return (row if cell is None else None), leaf
-        spread = np.broadcast_to(row[:, None], (g, self.weight.shape[1]))
-        result = row if outs is None else t.ledger.both(spread, np.broadcast_to(outs, spread.shape)).reshape(-1)
-        return (row if cell is None else None), result
+        return (row if cell is None else None), self._result(row, outs)
+
+    def _result(self, row: Ints, outs: Ints | None) -> Ints:
+        """Output channels of a transposed convolution: row AND column."""
+        if outs is None:
+            return row
+        spread = np.broadcast_to(row[:, None], (self.groups, self.weight.shape[1]))
+        return self.t.ledger.both(spread, np.broadcast_to(outs, spread.shape)).reshape(-1)
 
     def _rows(self, flat: Ints, why: int) -> tuple[Ints, Ints | None]:
         if len(flat) == self.groups:

@@ -91,6 +91,7 @@ class Ledger:
     ties: list[tuple[Ints, Ints, int]] = field(default_factory=list)
     ands: list[tuple[Ints, Ints, Ints]] = field(default_factory=list)
     grids: list[tuple[Ints, Ints | None, int]] = field(default_factory=list)
+    depthwise: list[tuple[Ints, Ints]] = field(default_factory=list)
     axes: list[Axis] = field(default_factory=list)
     head_rows: list[Ints] = field(default_factory=list)
     head_cells: list[Ints] = field(default_factory=list)
