@@ -8,6 +8,9 @@ WITH_ZOO := PYTHONPATH=$(VENV)/zoo
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 MANIFEST := pyproject.toml constraints.txt
 
+# The test files that hold a marker: runs of a few tests import only those, and there is no run where there are none.
+marked = $(shell grep -l 'mark\.$(1)\b' tests/test_*.py)
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all test-oldest zoo bench check format docs build lock clean
 
@@ -44,14 +47,14 @@ demo: $(VENV)/.demo ## Train, prune and report on real digits (under 5 minutes o
 
 test: $(VENV)/.zoo ## Run the fast tests and doctests, a sample of the zoo, and the tests that start processes
 	$(PYTEST) -n $(JOBS) --doctest-modules lightning_prune tests
-	$(WITH_ZOO) $(PYTEST) -n $(JOBS) -m "zoo_fast and not gpu" tests
-	$(PYTEST) -m "multiprocess and not slow and not gpu" tests
+	$(if $(call marked,zoo_fast),$(WITH_ZOO) $(PYTEST) -n $(JOBS) -m "zoo_fast and not gpu" $(call marked,zoo_fast))
+	$(if $(call marked,multiprocess),$(PYTEST) -m "multiprocess and not slow and not gpu" $(call marked,multiprocess))
 
 test-all: $(VENV)/.zoo ## Run every test except the benchmarks and those that need a GPU
 	$(PYTEST) -n $(JOBS) -m "not gpu and not bench and not multiprocess and not zoo and not zoo_fast" \
 		--doctest-modules lightning_prune tests
-	$(WITH_ZOO) $(PYTEST) -n $(JOBS) -m "(zoo or zoo_fast) and not gpu" tests
-	$(PYTEST) -m "multiprocess and not gpu" tests
+	$(if $(call marked,zoo),$(WITH_ZOO) $(PYTEST) -n $(JOBS) -m "(zoo or zoo_fast) and not gpu" tests)
+	$(if $(call marked,multiprocess),$(PYTEST) -m "multiprocess and not gpu" $(call marked,multiprocess))
 
 # The lower bounds of pyproject.toml become pins; what it does not name itself stays as in constraints.txt.
 OLDEST := $(VENV)-oldest
@@ -83,7 +86,7 @@ format: $(VENV)/.dev ## Rewrite the files in the house format
 	$(BIN)/ruff check --fix .
 
 docs: $(VENV)/.dev ## Run every example of the README and of the docstrings
-	$(PYTEST) --doctest-modules lightning_prune -m "" --ignore tests
+	$(PYTEST) --doctest-modules lightning_prune
 	$(PYTEST) -m readme tests
 
 build: $(VENV)/.dev ## Build the wheel and the source archive into dist/
