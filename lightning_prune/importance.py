@@ -1,7 +1,7 @@
 """Importances: (group, tensors, evidence) -> scores [n_units], higher = keep.
 
-One small pure function each, all of one signature, in the table ``IMPORTANCES``; a new one goes
-under ``@register``. Scores come as they are: what is not finite stays so, nothing is normalised (see ``ranking``).
+One small pure function each, all of one signature, in the table ``IMPORTANCES``; a new one goes under
+``@register``. Scores come as they are: what is not finite stays so, nothing is normalised (see ``ranking``).
 """
 
 from __future__ import annotations
@@ -248,7 +248,6 @@ def fpgm(group: Group, tensors: Mapping[str, Tensor], evidence: Evidence) -> Ten
         units = torch.cat(slices, 1)
         finite = units.isfinite().all(1)
         # A non-finite unit has no place: it is no neighbour of the others, and gets no score itself.
-        units = torch.where(finite[:, None], units, 0)
         distances = torch.where(finite, torch.cdist(units, units), 0).sum(1)
         return torch.where(finite, distances, torch.nan)
 

@@ -123,6 +123,19 @@ def test_an_element_of_two_groups_gets_both():
     assert w.grad.flatten().tolist() == [0.5 * (1 + 1) * 2.0] * 4
 
 
+@pytest.mark.parametrize("chunk", [2, 1000])
+def test_groups_of_one_output_have_rows_and_outputs_along_one_axis(monkeypatch, chunk):
+    monkeypatch.setattr(module, "CHUNK_CPU", chunk)
+    w = torch.nn.Parameter(torch.randn(3, 2, 1, dtype=torch.float64))
+    w.grad = torch.zeros_like(w)
+    groups = [
+        group("w:1", member("w", 1, range(6), range(6), 2, rows=3)),
+        group("w:0", member("w", 0, range(3), range(3), 3)),
+    ]
+    Regularizer(groups, {"w": w}, reg=0.1).apply()
+    torch.testing.assert_close(w.grad, naive_gradients(groups, {"w": w}, 0.1)["w"])
+
+
 def test_gamma_runs_from_one_for_the_strongest_to_two_to_the_alpha():
     w = torch.nn.Parameter(torch.tensor([[1.0], [2.0], [3.0]]))
     regularizer = Regularizer([group("w", member("w", 0, range(3), range(3), 3))], {"w": w}, alpha=4.0)
