@@ -99,10 +99,8 @@ class Snapshot:
             try:
                 for undo in reversed(self._undos):
                     undo()
-            except (
-                KeyboardInterrupt
-            ):  # a second Ctrl-C during the way back: start again, each part is idempotent
-                continue
+            except KeyboardInterrupt:
+                continue  # a second Ctrl-C, on the way back: start again, every part may run twice
             return
 
 
