@@ -28,7 +28,9 @@ RANKS = (
     # The two ends of a prune: the model as a graph, the options as what is asked of the selection.
     {"analysis"},
     {"requests", "explaining"},
-    {"choosing", "figures"},
+    {"choosing", "measured", "wording"},
+    # Parts of the report: measurements, words and pictures.
+    {"figures"},
     {"pruner", "checkpoint", "metrics", "report"},
     # Parts of the callback, each one question put to Lightning, and the networks and data of the demo.
     {"strategies", "example_inputs", "gradients", "models", "data"},
