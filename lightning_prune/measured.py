@@ -112,7 +112,7 @@ def describe_machine(device: torch.device | str = "cpu") -> dict[str, str | int]
     device = torch.device(device)
     name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
     return {
-        "platform": platform.platform(terse=True),
+        "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),
         "threads": torch.get_num_threads(),
         "device": name,

@@ -200,7 +200,9 @@ class Report:
         from rich.text import Text
 
         console = console or Console()
-        table = Table(title="Before and after pruning", box=box.SIMPLE_HEAD, title_justify="left")
+        table = Table(
+            title="Before and after pruning", box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left"
+        )
         table.add_column("")
         for name in BEFORE_AFTER[1:]:
             table.add_column(name, justify="right")
@@ -276,8 +278,9 @@ def _score_rows(report: Report) -> list[Row]:
     )
     change = "the same"
     if show(before) != show(after):
-        better = (after > before) == (report.direction == "max")
-        change = f"{gap} {'higher' if after > before else 'lower'} ({'better' if better else 'worse'})"
+        change = f"{gap} {'higher' if after > before else 'lower'}"
+        if report.direction == "min":  # a reader expects more to be better
+            change += " (better)" if after < before else " (worse)"
     return [Row(f"{report.metric} ({report.split})", show(before), show(after), change)]
 
 
@@ -285,16 +288,12 @@ def _latency_rows(dense: Measured, pruned: Measured) -> list[Row]:
     if dense.latency_ms is None or pruned.latency_ms is None:
         return []
     before, after = (dense.latency_ms, dense.latency_iqr_ms), (pruned.latency_ms, pruned.latency_iqr_ms)
-    return [Row("latency, median (IQR)", milliseconds(*before), milliseconds(*after), faster(before, after))]
+    return [Row("latency, ms (IQR)", milliseconds(*before), milliseconds(*after), faster(before, after))]
 
 
 def _peak_rows(dense: Measured, pruned: Measured) -> list[Row]:
     a, b = dense.peak_memory_bytes, pruned.peak_memory_bytes
-    return (
-        []
-        if a is None or b is None
-        else [Row("peak memory, inference", mebibytes(a), mebibytes(b), less(a, b))]
-    )
+    return [] if a is None or b is None else [Row("peak memory", mebibytes(a), mebibytes(b), less(a, b))]
 
 
 def _target_cells(targets: Sequence[Target]) -> list[Sequence[str]]:

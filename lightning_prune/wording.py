@@ -73,14 +73,14 @@ def faster(before: Timing, after: Timing) -> str:
 
 
 def milliseconds(median: float | None, spread: float | None) -> str:
-    """Write a latency with its interquartile range.
+    """Write a median latency with its interquartile range.
 
     >>> milliseconds(1.23456, 0.05)
-    '1.235 (0.050) ms'
+    '1.235 (0.050)'
     """
     if median is None:
         return ""
-    return f"{median:,.3f} ms" if spread is None else f"{median:,.3f} ({spread:.3f}) ms"
+    return f"{median:,.3f}" if spread is None else f"{median:,.3f} ({spread:.3f})"
 
 
 def mebibytes(count: int) -> str:
