@@ -173,6 +173,12 @@ def dot(t: Tracer, a: Arguments, out: Tensor) -> None:
     contract(t, a["self"], "k", a["tensor" if "tensor" in a else "other"], "k", out, "")
 
 
+@rule("outer", "ger")
+def outer(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """[n] x [m]."""
+    contract(t, a["self"], "n", a["vec2"], "m", out, "nm")
+
+
 def add_bias(t: Tracer, bias: Tensor, out: Tensor) -> None:
     """Tie a broadcast addend to a result."""
     tags, result = t.tags(bias), t.tags(out)

@@ -437,3 +437,17 @@ def diagonal(t: Tracer, a: Arguments, out: Tensor) -> None:
     move_axes(t, x, out, lambda label: np.squeeze(t.ledger.collapse(label, gone, why), gone)[..., None], [*rest, None])
 
 
+@rule("view_as_complex")
+def view_as_complex(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """[..., 2] -> [...]: real and imaginary part are told apart by their place."""
+    x = a["self"]
+    t.freeze(t.tags(x).dims[-1], "real and imaginary part")
+    why = t.why("the same for real and imaginary part")
+    last = x.ndim - 1
+    move_axes(t, x, out, lambda label: t.ledger.collapse(label, [last], why)[..., 0], list(range(last)))
+
+
+@rule("view_as_real")
+def view_as_real(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """[...] -> [..., 2]."""
+    move_axes(t, a["self"], out, lambda label: label[..., None], [*range(out.ndim - 1), None])
