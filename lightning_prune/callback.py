@@ -7,20 +7,20 @@ from difflib import get_close_matches
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune import example_inputs, finish
 from lightning_prune.checkpoint import KEY, adopt_checkpoint, manifests, prepare, record
-from lightning_prune.errors import OptionError, PruneError
+from lightning_prune.errors import OptionError
 from lightning_prune.example_inputs import Call, Example
-from lightning_prune.gradients import closes_accumulation, hide_from, is_scaled, loss_scale, non_finite
+from lightning_prune.gradients import GradientWatch, closes_accumulation, hide_from, loss_scale
 from lightning_prune.options import PruningOptions
 from lightning_prune.plan import Plan
 from lightning_prune.progress import Progress
 from lightning_prune.pruner import GroupNormPruner
+from lightning_prune.report import Target
 from lightning_prune.strategies import (
     averaged_copies,
     callbacks_of,
@@ -101,8 +101,7 @@ class StructuredPruning(Callback):
         self._cut_epoch: int | None = None
         self._closes = True
         self._backwards = 0
-        self._overflows = 0
-        self._rounding_told = False
+        self._watch = GradientWatch(self.options.nan_policy)
 
     def should_prune(self, epoch: int) -> bool:
         """Say whether ``epoch`` begins with a cut; override it for a schedule of your own.
@@ -208,10 +207,13 @@ class StructuredPruning(Callback):
             return
         self.pruner.regularizer.check()
         values = self._progress.values(pl_module.device)
-        values["phase"] = float(PHASES.index(self.phase(trainer.current_epoch)))
+        phase = self.phase(trainer.current_epoch)
+        facts = {name: float(value) for name, value in values.items() if name != "channels"}
+        self.report.note_epoch(trainer, {**facts, "phase": phase})
+        values["phase"] = float(PHASES.index(phase))
         values["target_reached"] = float(self.target_reached)
-        if self._overflows:
-            values["nonfinite_gradients"] = float(self._overflows)
+        if self._watch.count:
+            values["nonfinite_gradients"] = float(self._watch.count)
         several = sum(isinstance(c, StructuredPruning) for c in callbacks_of(trainer)) > 1
         place = f"prune/{self.module}/" if several and self.module else "prune/"
         for name, value in values.items():
@@ -220,8 +222,15 @@ class StructuredPruning(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trial = getattr(trainer, "fast_dev_run", False)
-        if self.pruner is not None and self._example is not None and not trial:
-            self.report.write(trainer, pl_module, self.module, self.pruner, self._example)
+        if self.pruner is not None and self._example is not None and self.steps_done and not trial:
+            self.report.write(
+                trainer,
+                pl_module,
+                module=self.module,
+                example=self._example,
+                targets=self._targets(),
+                config=self._config(),
+            )
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -231,7 +240,7 @@ class StructuredPruning(Callback):
             "initial": self._progress.initial,
             "base": self._base.as_dict(),
             "cut_epoch": self._cut_epoch,
-            "overflows": self._overflows,
+            "overflows": self._watch.count,
             "report": self.report.state_dict(),
         }
 
@@ -239,7 +248,7 @@ class StructuredPruning(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict
         self._cut_epoch = state_dict["cut_epoch"]
-        self._overflows = state_dict["overflows"]
+        self._watch.count = state_dict["overflows"]
         self.report.load_state_dict(state_dict["report"])
         # Tuners save and restore in the middle of a fit, where the pruner is alive already.
         self._resume()
@@ -265,6 +274,18 @@ class StructuredPruning(Callback):
                 f"module={self.module!r} names no submodule of {type(root).__name__}; the nearest are {near}"
             )
         return root.get_submodule(self.module or "")
+
+    def _targets(self) -> tuple[Target, ...]:
+        if self.options.budget:
+            ((what, share),) = self.options.budget.items()
+            kept = self._progress.kept({"params": "parameters"}.get(what, what))
+            return (Target(f"{what} kept", share, kept),)
+        return (Target("units removed", self.pruning_ratio, 1 - self._progress.kept("units")),)
+
+    def _config(self) -> dict[str, Any]:
+        names = ("pruning_ratio", "module", "sparse_start_epoch", "start_epoch", "every_n_epochs")
+        own = {name: getattr(self, name) for name in (*names, "iterative_steps", "update_every")}
+        return {**own, "options": {f.name: getattr(self.options, f.name) for f in fields(self.options)}}
 
     def _regularizes(self, epoch: int) -> bool:
         return not self.target_reached and epoch >= self.sparse_start_epoch
@@ -331,42 +352,12 @@ class StructuredPruning(Callback):
         """Add the gradient of the penalty, on the scale that the task's gradients have now."""
         share = self._backwards / trainer.accumulate_grad_batches
         self._backwards = 0
-        if self.pruner is None or not self._is_finite(trainer, self.pruner):
+        if self.pruner is None or not self._watch.is_finite(trainer, self.pruner.model):
             return
         if self._regularizes(trainer.current_epoch):
             self.pruner.regularizer.update_every = self.update_every  # a cut makes a new regulariser
-            self._warn_of_rounding(self.pruner)
+            self._watch.warn_of_rounding(self.pruner)
             self.pruner.regularize(grad_scale=share * loss_scale(trainer, optimizer))
-
-    def _warn_of_rounding(self, pruner: GroupNormPruner) -> None:
-        names = pruner.regularizer.low_precision
-        if names and not self._rounding_told and self.options.reg:
-            self._rounding_told = True
-            rank_zero_warn(
-                f"the gradient of {names[0]!r} has less than 24 bits, where the penalty of "
-                f"reg={self.options.reg:g} may round to nothing; use precision='bf16-mixed' or a larger reg"
-            )
-
-    def _is_finite(self, trainer: Trainer, pruner: GroupNormPruner) -> bool:
-        wrong = {} if is_scaled(trainer) else non_finite(pruner.model)
-        if not wrong:
-            return True
-        first = next(iter(wrong))
-        if self.options.nan_policy == "raise":
-            raise PruneError(
-                f"the gradient of {first!r} is not finite at step {trainer.global_step}, and nan_policy is "
-                "'raise'; lower the learning rate, clip gradients, or choose nan_policy='skip'"
-            )
-        if self.options.nan_policy == "zero":
-            for grad in wrong.values():
-                grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-        if not self._overflows:
-            rank_zero_warn(
-                f"the gradient of {first!r} is not finite at step {trainer.global_step}; nan_policy is "
-                f"{self.options.nan_policy!r}, so such steps are counted as prune/nonfinite_gradients"
-            )
-        self._overflows += 1
-        return self.options.nan_policy == "zero"
 
 
 def _has(root: nn.Module, module: str | None) -> bool:

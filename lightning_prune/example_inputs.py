@@ -25,7 +25,17 @@ from torchmetrics import Metric
 
 from lightning_prune.errors import TraceError
 
-__all__ = ["Call", "Example", "describe", "from_array", "from_batch", "rebuild", "replay", "take_batch"]
+__all__ = [
+    "Call",
+    "Example",
+    "describe",
+    "from_array",
+    "from_batch",
+    "one_sample",
+    "rebuild",
+    "replay",
+    "take_batch",
+]
 
 # Integers up to this count are kept as they are, for they may be token ids or edge lists; above, their
 # range is.
@@ -68,6 +78,14 @@ class Example:
         return Example(calls, replay)
 
 
+def one_sample(example: Example) -> Example:
+    """Cut the inputs down to one sample where every tensor has the same leading size."""
+    if example.forward_fn is replay:
+        calls = [Call(c.path, _leading(c.args, 1), _leading(c.kwargs, 1)) for c in example.inputs]
+        return Example(calls, replay)
+    return Example(_leading(example.inputs, 1), example.forward_fn)
+
+
 def replay(model: nn.Module, calls: list[Call]) -> list[Any]:
     """Call the same submodules of ``model`` in turn; every result is an output."""
     return [model.get_submodule(call.path)(*call.args, **call.kwargs) for call in calls]
@@ -100,7 +118,7 @@ def from_batch(pl_module: LightningModule, module: str | None, batch: Any, train
     """
     failure: Exception | None = None
     with isolate_rng(), torch.no_grad():
-        for sample in (_two_samples(batch), batch):
+        for sample in (_leading(batch, 2), batch):
             twin = _twin(pl_module)
             _quieten(twin, trainer)
             calls, failure = _record(_submodule(twin, module), _training_step(twin, sample))
@@ -269,12 +287,12 @@ def _shapes(spec: Any) -> Any:
     return [_shapes(item) for item in spec] if isinstance(spec, list) else spec
 
 
-def _two_samples(batch: Any) -> Any:
+def _leading(batch: Any, count: int) -> Any:
     sizes: list[int] = []
     apply_to_collection(batch, Tensor, lambda t: sizes.append(t.shape[0] if t.dim() else -1))
-    if len(set(sizes)) != 1 or sizes[0] <= 2:
+    if len(set(sizes)) != 1 or sizes[0] <= count:
         return batch
-    return apply_to_collection(batch, Tensor, lambda t: t[:2])
+    return apply_to_collection(batch, Tensor, lambda t: t[:count])
 
 
 def _each_loader(loaders: Any) -> Any:

@@ -2,35 +2,367 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+import logging
+import os
+import platform
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
 
-from lightning_prune.example_inputs import Example
-from lightning_prune.pruner import GroupNormPruner
+from lightning_prune.cost import measure_cost, peak_memory_bytes
+from lightning_prune.errors import TraceError
+from lightning_prune.example_inputs import Example, one_sample
+from lightning_prune.figures import channels_figure
+from lightning_prune.latency import Latency, measure_latency
+from lightning_prune.plan import Plan
+from lightning_prune.report import Measured, Report, Target
+from lightning_prune.strategies import callbacks_of
+from lightning_prune.structure import take_on
 
-__all__ = ["FitReport"]
+__all__ = ["FitReport", "Score"]
+
+BEFORE_THE_CUT = "The model just before its first cut."
+_SPLIT = re.compile(r"^(test|val|valid|validation)[_/]")
+_WIDTHS = ("out_channels", "out_features", "embedding_dim")
+
+
+class Score:
+    """Which of the logged metrics speaks for the task.
+
+    Args:
+        trainer: Its checkpoint and early stopping callbacks name the monitored metric and its direction.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._monitored: dict[str, str] = {}
+        for callback in callbacks_of(trainer):
+            if isinstance(callback, (ModelCheckpoint, EarlyStopping)) and callback.monitor:
+                self._monitored[_without_split(callback.monitor)] = callback.mode
+
+    def choose(self, metrics: Mapping[str, float]) -> str | None:
+        """Choose a metric: an accuracy, else the monitored one, else a loss of held-out data."""
+        held_out = [name for name in metrics if _SPLIT.match(name)] or list(metrics)
+        accuracies = [name for name in held_out if "acc" in _without_split(name).lower()]
+        monitored = [name for name in held_out if _without_split(name) in self._monitored]
+        losses = [name for name in held_out if "loss" in _without_split(name).lower()]
+        return next(iter([*accuracies, *monitored, *losses]), None)
+
+    def direction(self, name: str) -> Literal["max", "min"]:
+        """Say whether more or less of the metric is better."""
+        plain = _without_split(name)
+        mode = self._monitored.get(
+            plain, "min" if "loss" in plain.lower() or "err" in plain.lower() else "max"
+        )
+        return "min" if mode == "min" else "max"
 
 
 class FitReport:
-    """What is known of the dense network, and the report that is written from it."""
+    """What is known of the dense network, and the report that is made of it when the fit ends.
+
+    Until the end of the fit a copy of the dense weights lies in main memory. A resumed fit has none: then the
+    validation metrics of before and after stand in for the test split.
+
+    Attributes:
+        config: The resolved configuration, for the record; a command line may set it.
+        seconds: Least time to measure each network's latency for, in seconds.
+        result: The report, once the fit has ended.
+    """
+
+    def __init__(self) -> None:
+        self.config: Mapping[str, Any] = {}
+        self.seconds = 0.5
+        self.result: Report | None = None
+        self._weights: Mapping[str, Any] | None = None
+        self._metrics: dict[str, float] = {}
+        self._timeline: list[dict[str, Any]] = []
+        self._twin: LightningModule | None = None
+        self._dense_is = BEFORE_THE_CUT
+
+    def compare_with(self, twin: LightningModule, *, dense_is: str) -> None:
+        """Compare with a network that was trained without pruning, instead of the one before the first cut.
+
+        Args:
+            twin: Of the same class, trained.
+            dense_is: One sentence that says what it is.
+        """
+        self._twin, self._dense_is = twin, dense_is
 
     def look_at_dense(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep what the network was before its first cut."""
+        """Keep what the network is just before its first cut."""
+        self._metrics = _numbers(trainer.callback_metrics)
+        if self._twin is None and trainer.is_global_zero:
+            weights = pl_module.state_dict()
+            for name, value in weights.items():
+                weights[name] = value.to("cpu", copy=True) if isinstance(value, Tensor) else value
+            self._weights = weights
+
+    def note_epoch(self, trainer: Trainer, facts: Mapping[str, Any]) -> None:
+        """Add an epoch to the timeline, with the task's metric."""
+        metrics = _numbers(trainer.callback_metrics)
+        name = Score(trainer).choose({n: v for n, v in metrics.items() if not n.startswith("prune/")})
+        accuracy = {} if name is None else {"accuracy": metrics[name]}
+        self._timeline.append({"epoch": trainer.current_epoch, **facts, **accuracy})
 
     def write(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
+        *,
         module: str | None,
-        pruner: GroupNormPruner,
         example: Example,
+        targets: tuple[Target, ...],
+        config: Mapping[str, Any],
     ) -> None:
-        """Write the report."""
+        """Measure, print and write the report. What fails is warned of: the training is not lost for it.
+
+        Args:
+            trainer: The Trainer whose fit has ended.
+            pl_module: The pruned module.
+            module: Name of the pruned submodule, None for the whole.
+            example: Inputs to measure with.
+            targets: Asked against reached.
+            config: Configuration to fall back on where ``config`` was not set.
+        """
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # every rank must ask
+        if not trainer.is_global_zero:
+            return
+        try:
+            with isolate_rng():
+                dense = self._dense(pl_module, module)
+                self.result = self._measured(trainer, pl_module, dense, module, example, targets, config)
+            self.result.write(folder)
+            self.result.print_rich()
+            _show(trainer, self.result)
+        except Exception as error:
+            rank_zero_warn(f"the report of the prune could not be made: {type(error).__name__}: {error}")
+        finally:
+            self._weights = None
 
     def state_dict(self) -> dict[str, Any]:
         """Give plain data."""
-        return {}
+        return {"metrics": dict(self._metrics), "timeline": [dict(epoch) for epoch in self._timeline]}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take plain data."""
+        self._metrics = dict(state["metrics"])
+        self._timeline = [dict(epoch) for epoch in state["timeline"]]
+
+    def _dense(self, pl_module: LightningModule, module: str | None) -> LightningModule:
+        """Give the dense network; without its weights, one of its structure."""
+        if self._twin is not None:
+            return self._twin
+        dense = copy.deepcopy(pl_module)
+        if self._weights is not None:
+            dense.load_state_dict(self._weights)
+        else:
+            take_on(dense, {module or "": Plan()}, {})
+        return dense
+
+    def _measured(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        dense: LightningModule,
+        module: str | None,
+        example: Example,
+        targets: tuple[Target, ...],
+        config: Mapping[str, Any],
+    ) -> Report:
+        name, direction, split, scores = self._scores(trainer, pl_module, dense)
+        pair = {
+            "dense": copy.deepcopy(dense.get_submodule(module or "")),
+            "pruned": copy.deepcopy(pl_module.get_submodule(module or "")),
+        }
+        for network in pair.values():
+            network.to(trainer.strategy.root_device)
+        example = _measurable(pair["dense"], example)
+        latency = measure_latency(
+            pair, example.inputs, forward_fn=example.forward_fn, min_run_time_s=self.seconds
+        )
+        before, after = (_measure(pair[k], example, latency[k], scores.get(k)) for k in ("dense", "pruned"))
+        seed = os.environ.get("PL_GLOBAL_SEED")
+        return Report(
+            dense=before,
+            pruned=after,
+            dense_is=self._dense_is,
+            metric=name,
+            direction=direction,
+            split=split,
+            channels=_channels(pair["dense"], pair["pruned"]),
+            targets=targets,
+            seed=None if seed is None else int(seed),
+            versions=_versions(),
+            machine=_machine(trainer),
+            config=self.config or config,
+            timeline=self._timeline,
+        )
+
+    def _scores(
+        self, trainer: Trainer, pl_module: LightningModule, dense: LightningModule
+    ) -> tuple[str, Literal["max", "min"], str | None, dict[str, float]]:
+        """Score both on the test split if that can be done, else compare validation metrics."""
+        score = Score(trainer)
+        known = self._twin is not None or self._weights is not None
+        tested: dict[str, dict[str, float]] = {}
+        if known and trainer.world_size == 1 and _can_test(trainer, pl_module):
+            tested = {"dense": _test(trainer, dense), "pruned": _test(trainer, pl_module)}
+        seen = tested or {"dense": self._metrics, "pruned": _numbers(trainer.callback_metrics)}
+        if not tested and self._twin is not None:
+            return "accuracy", "max", None, {}
+        shared = {
+            n: v for n, v in seen["pruned"].items() if n in seen["dense"] and not n.startswith("prune/")
+        }
+        shared = shared if tested else {n: v for n, v in shared.items() if n.startswith("val")}
+        name = score.choose(shared)
+        if name is None:
+            return "accuracy", "max", None, {}
+        scores = {kind: metrics[name] for kind, metrics in seen.items()}
+        return _display(name), score.direction(name), "test" if tested else "val", scores
+
+
+def _without_split(name: str) -> str:
+    return _SPLIT.sub("", name)
+
+
+def _display(name: str) -> str:
+    plain = _without_split(name)
+    return "accuracy" if plain.lower() in ("acc", "accuracy") else plain
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _can_test(trainer: Trainer, pl_module: LightningModule) -> bool:
+    return is_overridden("test_step", pl_module) and _test_data(trainer, pl_module) is not None
+
+
+def _test_data(trainer: Trainer, pl_module: LightningModule) -> Any:
+    """Find who has test data: the DataModule, else the module itself."""
+    datamodule = getattr(trainer, "datamodule", None)
+    for owner in (datamodule, pl_module):
+        if owner is not None and is_overridden("test_dataloader", owner):
+            return owner
+    return None
+
+
+def _test(trainer: Trainer, model: LightningModule) -> dict[str, float]:
+    """Test a copy with a Trainer of its own; this one's fit is over, but its state is still the user's."""
+    owner = _test_data(trainer, model)
+    datamodule = owner if owner is getattr(trainer, "datamodule", None) else None
+    with _silence():
+        tester = Trainer(
+            accelerator=trainer.strategy.root_device.type,
+            devices=1
+            if trainer.strategy.root_device.type == "cpu"
+            else [trainer.strategy.root_device.index or 0],
+            precision=trainer.precision,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        try:
+            results = tester.test(copy.deepcopy(model), datamodule=datamodule, verbose=False)
+        finally:
+            if datamodule is not None:
+                datamodule.trainer = trainer
+    return {name: float(value) for result in reversed(results) for name, value in result.items()}
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep what a Trainer says about itself off the console; it was said at the start of the fit."""
+    loggers = [
+        logging.getLogger(name) for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero")
+    ]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _measurable(dense: nn.Module, example: Example) -> Example:
+    """Prefer one sample, so that MACs and latency are those of one."""
+    single = one_sample(example)
+    try:
+        measure_cost(dense, single.inputs, forward_fn=single.forward_fn)
+    except TraceError:
+        return example
+    return single
+
+
+def _measure(network: nn.Module, example: Example, latency: Latency, score: float | None) -> Measured:
+    cost = measure_cost(network, example.inputs, forward_fn=example.forward_fn)
+    return Measured(
+        accuracy=score,
+        parameters=cost.parameters,
+        macs=cost.macs,
+        memory_bytes=cost.parameter_bytes,
+        latency_ms=latency.median_ms,
+        latency_iqr_ms=latency.iqr_ms,
+        peak_memory_bytes=peak_memory_bytes(network, example.inputs, forward_fn=example.forward_fn),
+    )
+
+
+def _channels(dense: nn.Module, pruned: nn.Module) -> dict[str, tuple[int, int]]:
+    """List the width of every layer that has one, before and after."""
+    before, widths = dict(dense.named_modules()), {}
+    for name, layer in pruned.named_modules():
+        for attribute in _WIDTHS:
+            if name in before and isinstance(getattr(layer, attribute, None), int):
+                widths[name or type(layer).__name__] = (
+                    getattr(before[name], attribute),
+                    getattr(layer, attribute),
+                )
+    return widths
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("lightning-prune", "torch", "lightning"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _machine(trainer: Trainer) -> dict[str, Any]:
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "device": f"{device.type} {name}",
+        "system": platform.system(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _show(trainer: Trainer, report: Report) -> None:
+    """Hand text and figure to TensorBoard."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text("prune/report", report.to_markdown(), trainer.global_step)
+            with suppress(ImportError):  # matplotlib is optional
+                if report.channels:
+                    logger.experiment.add_figure(
+                        "prune/channels", channels_figure(report.channels), trainer.global_step
+                    )

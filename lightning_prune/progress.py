@@ -26,6 +26,7 @@ class Progress:
 
     def __init__(self, initial: Mapping[str, int] | None = None) -> None:
         self.initial = dict(initial or {})
+        self.now: dict[str, int] = {}
         self._metrics: dict[str, tuple[str, Metric]] = {
             "sparsity": ("parameters", ParameterSparsity()),
             "channels": ("units", ChannelSparsity()),
@@ -36,11 +37,15 @@ class Progress:
         """Count what is there now."""
         cost = measure_cost(pruner.model, example.inputs, forward_fn=example.forward_fn)
         units = sum(group.n_units for group in pruner.groups())
-        now = {"parameters": cost.parameters, "units": units, "macs": cost.macs}
-        self.initial = self.initial or now
+        now = self.now = {"parameters": cost.parameters, "units": units, "macs": cost.macs}
+        self.initial = self.initial or dict(now)
         for count, metric in self._metrics.values():
             if self.initial[count]:
                 metric.update(now[count], self.initial[count])
+
+    def kept(self, count: str) -> float:
+        """Give the share that is left of ``parameters``, ``units`` or ``macs``, in [0, 1]."""
+        return self.now[count] / self.initial[count] if self.initial.get(count) else 1.0
 
     def values(self, device: torch.device) -> dict[str, Any]:
         """Give the shares to log. Every rank must ask, for the metrics meet."""

@@ -1,0 +1,192 @@
+"""The report at the end of a fit: what it compares, where it goes, and that it never costs a training."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from test_callback import Plain, build, data, fit, pytestmark  # noqa: F401 - same filters
+
+from lightning_prune.callback import StructuredPruning
+
+QUIET = {"log_every_n_steps": 1, "enable_model_summary": False}
+
+
+class Classifier(Plain):
+    def __init__(self, metric="val_acc"):
+        super().__init__()
+        self.metric = metric
+        self.example_input_array = torch.zeros(2, 3, 5, 5)
+
+    def validation_step(self, batch, batch_idx):
+        self.log(self.metric, (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    def test_step(self, batch, batch_idx):
+        self.log("test_acc", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+
+class Images(LightningDataModule):
+    def train_dataloader(self):
+        return data()
+
+    def val_dataloader(self):
+        return data(8)
+
+    def test_dataloader(self):
+        return data(12)
+
+
+def run(folder, model=None, loader=None, callback=None, **options):
+    callback = callback or StructuredPruning(0.5, start_epoch=1)
+    callback.report.seconds = 1e-3
+    options = {**QUIET, "default_root_dir": folder, **options}
+    trainer = fit(model or build(Classifier), callback, loader=loader or Images(), **options)
+    return trainer, callback.report.result
+
+
+def test_compares_the_network_before_the_cut_on_the_test_split(tmp_path):
+    scores = []
+
+    class Watch(StructuredPruning):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if self.should_prune(trainer.current_epoch):
+                pl_module.eval()
+                accuracies = [(pl_module(x).argmax(1) == y).float().mean() for x, y in data(12)]
+                scores.append(float(torch.stack(accuracies).mean()))
+                pl_module.train()
+            super().on_train_epoch_start(trainer, pl_module)
+
+    with torch.no_grad():
+        trainer, report = run(tmp_path, callback=Watch(0.5, start_epoch=1))
+    file = json.loads((tmp_path / "report.json").read_text())
+    assert file["metric"] == {"name": "accuracy", "direction": "max", "split": "test"}
+    assert file["dense"]["accuracy"] == pytest.approx(scores[0])
+    # conv 3x3x3x8 on 3x3 places and fc 8x2: one sample
+    assert (file["dense"]["macs"], file["pruned"]["macs"]) == (1944 + 16, 972 + 8)
+    assert (file["dense"]["parameters"], file["pruned"]["parameters"]) == (250, 126)
+    assert (file["dense"]["memory_bytes"], file["pruned"]["memory_bytes"]) == (1000, 504)
+    assert file["dense"]["latency_ms"] > 0
+    assert file["dense_is"] == "The model just before its first cut."
+    assert file["channels"] == {"net.conv": [8, 4], "net.fc": [2, 2]}
+    assert file["targets"] == [{"what": "units removed", "asked": 0.5, "reached": 0.5}]
+    assert [epoch["phase"] for epoch in file["timeline"]] == ["sparse", "prune"]
+    assert {"torch", "lightning"} <= file["versions"].keys()
+    assert file["config"]["start_epoch"] == 1
+    assert (tmp_path / "report.md").read_text().startswith("# Before and after")
+    assert report.pruned.accuracy == file["pruned"]["accuracy"]
+    assert trainer.datamodule.trainer is trainer
+
+
+class Untested(LightningDataModule):
+    train_dataloader, val_dataloader = Images.train_dataloader, Images.val_dataloader
+
+
+def test_without_a_test_split_the_validation_metric_is_labelled_so(tmp_path):
+    seen = []
+
+    class Model(Classifier):
+        def on_train_epoch_start(self):
+            seen.append(float(self.trainer.callback_metrics.get("val_acc", -1)))
+
+    trainer, report = run(tmp_path, build(Model), Untested())
+    assert (report.split, report.metric) == ("val", "accuracy")
+    assert (report.dense.accuracy, report.pruned.accuracy) == (
+        seen[1],
+        float(trainer.callback_metrics["val_acc"]),
+    )
+
+
+def test_without_held_out_data_there_is_no_such_row(tmp_path):
+    _, report = run(tmp_path, build(Plain), data())
+    assert report.split is None
+    assert report.pruned.accuracy is None
+    assert "accuracy" not in [row.label for row in report.rows()]
+
+
+def test_the_monitored_metric_takes_the_place_of_an_accuracy(tmp_path):
+    from lightning_prune.checkpointing import PrunedEarlyStopping
+
+    callback = StructuredPruning(0.5, start_epoch=1)
+    callback.report.seconds = 1e-3
+    fit(
+        build(Classifier, metric="val_psnr"),
+        callback,
+        PrunedEarlyStopping("val_psnr", mode="max"),
+        loader=Untested(),
+        default_root_dir=tmp_path,
+    )
+    assert (callback.report.result.metric, callback.report.result.direction) == ("psnr", "max")
+
+
+def test_a_twin_can_take_the_place_of_the_dense_network(tmp_path):
+    twin, callback = build(Classifier), StructuredPruning(0.5, start_epoch=1)
+    callback.report.compare_with(twin, dense_is="A twin without pruning.")
+    _, report = run(tmp_path, callback=callback)
+    accuracies = [(twin.eval()(x).argmax(1) == y).float().mean() for x, y in data(12)]
+    assert report.dense_is == "A twin without pruning."
+    assert report.dense.accuracy == pytest.approx(float(torch.stack(accuracies).mean()))
+    assert report.dense.parameters == 250
+
+
+def test_a_resumed_run_reports_too(tmp_path):
+    from test_checkpoint_lightning import every_epoch
+
+    options = {**QUIET, "default_root_dir": tmp_path}
+    first = StructuredPruning(0.5, start_epoch=1)
+    first.report.seconds = 1e-3
+    saver = every_epoch(tmp_path)
+    fit(build(Classifier), first, saver, loader=Images(), max_epochs=2, enable_checkpointing=True, **options)
+    second = StructuredPruning(0.5, start_epoch=1)
+    second.report.seconds = 1e-3
+    fit(
+        build(Classifier),
+        second,
+        loader=Images(),
+        max_epochs=3,
+        ckpt_path=tmp_path / "epoch=1.ckpt",
+        **options,
+    )
+    report = second.report.result
+    assert report.split == "val"  # the dense weights are gone
+    assert (report.dense.parameters, report.dense.macs) == (250, 1960)
+    assert [epoch["phase"] for epoch in report.timeline] == ["sparse", "prune", "fine-tune"]
+
+
+def test_a_report_that_fails_is_a_warning_and_the_fit_succeeds(tmp_path):
+    class Broken(Classifier):
+        def test_step(self, batch, batch_idx):
+            raise RuntimeError("no test today")
+
+    with pytest.warns(
+        UserWarning, match="report of the prune could not be made: RuntimeError: no test today"
+    ):
+        trainer, report = run(tmp_path, build(Broken))
+    assert trainer.state.finished
+    assert report is None
+
+
+def test_a_run_without_a_cut_has_nothing_to_report(tmp_path):
+    _, report = run(tmp_path, callback=StructuredPruning(0.5, start_epoch=9))
+    assert report is None
+    assert not (tmp_path / "report.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*experiment logs directory")
+def test_loggers_receive_numbers_text_and_figure(tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board, table = TensorBoardLogger(tmp_path, "tb"), CSVLogger(tmp_path, "csv")
+    run(tmp_path, logger=[board, table])
+    events = event_accumulator.EventAccumulator(board.log_dir).Reload()
+    tags = events.Tags()
+    assert {"prune/sparsity", "prune/channels", "prune/macs", "prune/phase", "prune/target_reached"} <= set(
+        tags["scalars"]
+    )
+    assert "prune/report/text_summary" in tags["tensors"]
+    assert "prune/channels" in tags["images"]
+    assert [e.value for e in events.Scalars("prune/channels")] == [0, 0.5]
+    header = (tmp_path / "csv" / "version_0" / "metrics.csv").read_text().splitlines()[0]
+    assert "prune/sparsity" in header
+    assert (tmp_path / "tb" / "version_0" / "report.json").exists()
