@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lightning_prune.errors import OptionError
 
-__all__ = ["NORMALIZERS", "Normalizer", "normalize"]
+__all__ = ["NORMALIZERS", "Normalizer", "check_normalizer", "normalize"]
 
 Normalizer: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -99,13 +99,21 @@ def normalize(scores: Tensor, normalizer: str | Normalizer | None) -> Tensor:
     return out
 
 
-def _resolve(normalizer: str | Normalizer | None) -> Normalizer:
-    if normalizer is None:
-        return by_nothing
-    if callable(normalizer):
-        return normalizer
-    if normalizer not in NORMALIZERS:
+def check_normalizer(normalizer: Any) -> None:
+    """Refuse what is neither the name of a normaliser, None nor a callable.
+
+    Raises:
+        OptionError: With the names there are.
+    """
+    known = isinstance(normalizer, str) and normalizer in NORMALIZERS
+    if not (known or normalizer is None or callable(normalizer)):
         raise OptionError(
             f"normalizer must be one of {', '.join(NORMALIZERS)}, None or a callable, got {normalizer!r}"
         )
-    return NORMALIZERS[normalizer]
+
+
+def _resolve(normalizer: str | Normalizer | None) -> Normalizer:
+    check_normalizer(normalizer)
+    if isinstance(normalizer, str):
+        return NORMALIZERS[normalizer]
+    return normalizer or by_nothing

@@ -15,9 +15,9 @@ from lightning_prune.errors import OptionError, PruneError
 from lightning_prune.groups import Group
 from lightning_prune.importance import IMPORTANCES, Evidence
 from lightning_prune.members import check_nan_policy, non_finite
-from lightning_prune.normalizers import Normalizer, normalize
+from lightning_prune.normalizers import Normalizer, check_normalizer, normalize
 
-__all__ = ["UserImportance", "rank", "score"]
+__all__ = ["UserImportance", "check_importance", "rank", "score"]
 
 UserImportance: TypeAlias = Callable[[Group], Any]
 
@@ -51,6 +51,8 @@ def rank(
         PruneError: If a score is not finite and ``nan_policy`` is ``raise``.
     """
     check_nan_policy(nan_policy)
+    check_importance(importance)
+    check_normalizer(normalizer)
     zero = nan_policy == "zero"
     evidence = replace(evidence or Evidence(), memo={})
     scores = [score(importance, group, tensors, evidence) for group in groups]
@@ -83,23 +85,34 @@ def score(
     Raises:
         OptionError: If the name is unknown, or the callable does not return one real number per unit.
     """
+    check_importance(importance)
     if not isinstance(importance, str):
         return _own(importance, group)
+    return IMPORTANCES[importance](group, tensors, evidence)
+
+
+def check_importance(importance: Any) -> None:
+    """Refuse what is neither the name of an importance nor a callable.
+
+    Raises:
+        OptionError: With the names there are.
+    """
+    if callable(importance):
+        return
+    if not isinstance(importance, str):
+        raise OptionError(
+            f"importance must be a name or a callable group -> scores, got {type(importance).__name__}"
+        )
     if importance not in IMPORTANCES:
         near = difflib.get_close_matches(importance, IMPORTANCES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise OptionError(
             f"importance must be one of {', '.join(IMPORTANCES)} or a callable, got {importance!r}{hint}"
         )
-    return IMPORTANCES[importance](group, tensors, evidence)
 
 
 def _own(importance: UserImportance, group: Group) -> Tensor:
     """Call a user's importance and hold it to one real number per unit."""
-    if not callable(importance):
-        raise OptionError(
-            f"importance must be a name or a callable group -> scores, got {type(importance).__name__}"
-        )
     name = getattr(importance, "__name__", type(importance).__name__)
     asked = f"importance {name!r} must give {group.n_units} real scores, one per unit of group {group.name!r}"
     try:

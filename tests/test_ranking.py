@@ -203,6 +203,16 @@ def test_a_wrong_importance_is_named(importance, message):
         score(importance, groups[0], tensors, Evidence())
 
 
-def test_an_unknown_nan_policy_is_refused():
-    with pytest.raises(OptionError, match="raise, skip, zero, got 'ignore'"):
-        rank([], {}, nan_policy="ignore")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nan_policy": "ignore"}, "raise, skip, zero, got 'ignore'"),
+        ({"importance": "nothing"}, "got 'nothing'"),
+        ({"importance": 3}, "got int"),
+        ({"normalizer": "median"}, "got 'median'"),
+        ({"normalizer": 3}, "got 3"),
+    ],
+)
+def test_unknown_options_are_refused_even_where_there_is_nothing_to_rank(options, message):
+    with pytest.raises(OptionError, match=message):
+        rank([], {}, **options)

@@ -90,6 +90,17 @@ def test_memory_formats_and_gradients_that_lie_otherwise():
     assert_added(tensors, start, added)
 
 
+def test_a_gradient_that_no_view_matches_its_parameter_is_added_to_as_well():
+    tensors, groups = parameters(), [channels(), *others()]
+    grad = tensors["conv.weight"].grad.contiguous(memory_format=torch.channels_last)
+    tensors["conv.weight"].grad = grad
+    start = before(tensors)
+    regularizer = Regularizer(groups, tensors, reg=0.1)
+    regularizer.apply()
+    assert tensors["conv.weight"].grad is grad
+    assert_added(tensors, start, naive_gradients(groups, tensors, 0.1))
+
+
 def test_a_change_of_memory_format_or_type_after_construction_is_followed():
     tensors, groups = parameters(), [channels(), *others()]
     regularizer = Regularizer(groups, tensors, reg=0.1)
@@ -121,6 +132,18 @@ def test_an_element_of_two_groups_gets_both():
     dims = Group("w:0/head_dim", "head_dim", np.arange(2), (member("w", 0, range(4), [0, 1, 0, 1], 4),), "")
     Regularizer([heads, dims], {"w": w}, reg=0.5).apply()
     assert w.grad.flatten().tolist() == [0.5 * (1 + 1) * 2.0] * 4
+
+
+def test_dimensions_with_different_rows_meet_in_one_tensor():
+    w = torch.nn.Parameter(torch.randn(8, 3, 2, dtype=torch.float64))
+    w.grad = torch.zeros_like(w)
+    groups = [
+        group("w:0", member("w", 0, range(8), range(8), 8)),
+        group("w:1", member("w", 1, range(6), range(6), 3, rows=2)),
+        group("w:2", member("w", 2, range(8), range(8), 2, rows=4)),
+    ]
+    Regularizer(groups, {"w": w}, reg=0.1).apply()
+    torch.testing.assert_close(w.grad, naive_gradients(groups, {"w": w}, 0.1)["w"])
 
 
 @pytest.mark.parametrize("chunk", [2, 1000])

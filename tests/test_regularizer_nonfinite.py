@@ -91,6 +91,19 @@ def test_raise_names_the_tensor_before_anything_is_written(update_every):
     assert all(torch.equal(t.grad, start[n]) for n, t in tensors.items())
 
 
+def test_what_was_raised_once_is_forgotten_when_it_is_repaired():
+    groups, tensors = two_layers()
+    regularizer = Regularizer(groups, tensors, nan_policy="raise")
+    with torch.no_grad():
+        tensors["b"][3, 2] = math.inf
+    with pytest.raises(PruneError, match="in b"):
+        regularizer.apply()
+    with torch.no_grad():
+        tensors["b"][3, 2] = 1
+    regularizer.apply()
+    torch.testing.assert_close(tensors["b"].grad, naive_gradients(groups, tensors)["b"])
+
+
 @pytest.mark.parametrize("policy", ["skip", "zero"])
 def test_a_weight_that_breaks_between_refreshes_never_reaches_a_gradient(policy):
     groups, tensors = two_layers()
