@@ -256,17 +256,17 @@ def solve(part: Component, wish: Wish, listed: Ints | None) -> Ints | None:
     Returns:
         [n_blocks] counts, or None where none fits, not even keeping everything.
     """
+    whole = part.size if part.holds(part.size) else None
     if (part.positions(part.size)[wish.rounded] < wish.round_to).any():
-        return part.size if part.holds(part.size[None])[0] else None
+        return whole
     if listed is None:
-        return _programme(part, wish)
+        counts = _programme(part, wish)
+        return whole if counts is None else counts
     counts = listed[wish.allowed(listed, part.floor)]
     if not len(counts):
         return None
     best = _nearest(counts, wish)
-    if not wish.rounded.any():
-        return np.asarray(counts[best])
-    return _round(part, wish, listed, counts, best)
+    return _round(part, wish, listed, counts, best) if wish.rounded.any() else np.asarray(counts[best])
 
 
 def _nearest(counts: Ints, wish: Wish) -> int:
@@ -312,23 +312,23 @@ def _programme(part: Component, wish: Wish) -> Ints | None:
 def _integers(part: Component, wish: Wish, most: Ints, *, rounded: bool) -> Ints | None:
     """Solve the counts as an integer programme.
 
-    Unknowns: counts [n_blocks], deviation of each block [n_blocks] and of each pool, value of each grid,
-    and the multiple of each rounded row. One deviation of a pool outweighs all of the blocks.
+    Unknowns: counts [n_blocks], deviation of each block [n_blocks] and of each pool, and the multiple of
+    each rounded row. One deviation of a pool outweighs all of the blocks.
     """
     pools, pool = np.unique(wish.pool, return_inverse=True)
-    grids, grid = np.unique(part.grid, return_inverse=True)
     rows = np.flatnonzero(wish.rounded) if rounded else np.zeros(0, np.int64)
     n, total = len(part.size), int(part.size.sum()) + 1
-    widths = [n, n, len(pools), len(grids), len(rows)]
-    low = np.repeat([0.0, 0.0, 0.0, -np.inf, 1.0], widths)
-    high = np.full(sum(widths), np.inf)
+    widths = [n, n, len(pools), len(rows)]
+    low, high = np.repeat([0, 0, 0, 1], widths), np.full(sum(widths), total)
     low[:n], high[:n] = part.floor, most
+    high[n + n + len(pools) :] = part.positions(part.size).max()
     answer = milp(
-        np.repeat([-0.25 / total, 1.0, float(total), 0.0, 0.0], widths),
-        integrality=np.repeat([1, 0, 0, 0, 1], widths),
+        np.repeat([-0.25 / total, 1.0, float(total), 0.0], widths),
+        integrality=np.repeat([1, 0, 0, 1], widths),
         bounds=Bounds(low, high),
-        constraints=_constraints(part, wish, pool, grid, rows),
-        options={"mip_rel_gap": 0.0, "node_limit": NODE_LIMIT},
+        constraints=_constraints(part, wish, pool, rows),
+        # HiGHS' presolve calls some of these programmes infeasible and never ends on others.
+        options={"presolve": False, "mip_rel_gap": 0.0, "node_limit": NODE_LIMIT},
     )
     if answer.x is None:
         return None
@@ -337,34 +337,35 @@ def _integers(part: Component, wish: Wish, most: Ints, *, rounded: bool) -> Ints
     return counts if good else None
 
 
-def _constraints(part: Component, wish: Wish, pool: Ints, grid: Ints, rows: Ints) -> LinearConstraint:
-    """Write the lines of the programme, one kind per line of the table, over the five kinds of unknowns."""
-    kept = csr_array(
-        (part.times.astype(float), (part.row, part.block)), shape=(len(part.grid), len(part.size))
-    )
-    sums, value = _indicator(pool).T, _indicator(grid)
-    own, each = _indicator(np.arange(len(pool))), _indicator(np.arange(sums.shape[0]))
+def _constraints(part: Component, wish: Wish, pool: Ints, rows: Ints) -> LinearConstraint:
+    """Write the lines of the programme, one kind per line of the table, over the four kinds of unknowns."""
+    shape = (len(part.grid), len(part.size))
+    kept = csr_array((part.times.astype(float), (part.row, part.block)), shape=shape)
+    sums, own, step = _indicator(pool).T, _indicator(np.arange(len(pool))), _indicator(np.arange(len(rows)))
+    each = _indicator(np.arange(sums.shape[0]))
     least = csr_array(np.array([wish.group == g for g in wish.least], float).reshape(-1, len(pool)))
-    step = wish.round_to * _indicator(np.arange(len(rows)))
+    _, first, which = np.unique(part.grid, return_index=True, return_inverse=True)
+    scaled, level = csr_array(kept.multiply(part.scale[:, None])), part.scale * part.fixed + part.offset
+    apart, equal = scaled - scaled[first[which]], level[first[which]] - level
     asked, asked_sum, still = wish.counts, sums @ wish.counts, -part.fixed[rows]
     stay, go = np.array([wish.slack.get(int(p), (0, 0)) for p in np.unique(wish.pool)]).T
-    level = -(part.scale * part.fixed + part.offset)
     lines: list[tuple[list[Any], Any, Any]] = [
-        ([csr_array(kept.multiply(part.scale[:, None])), None, None, -value, None], level, level),
-        ([kept, None, None, None, None], 1 - part.fixed, np.inf),
-        ([own, own, None, None, None], asked, np.inf),
-        ([own, -own, None, None, None], -np.inf, asked),
-        ([sums, None, each, None, None], asked_sum - stay, np.inf),
-        ([sums, None, -each, None, None], -np.inf, asked_sum + go),
-        ([least, None, None, None, None], np.array(list(wish.least.values()), float), np.inf),
-        ([kept[rows], None, None, None, -step], still, still),
+        ([apart, None, None, None], equal, equal),
+        ([kept, None, None, None], 1 - part.fixed, np.inf),
+        ([own, own, None, None], asked, np.inf),
+        ([own, -own, None, None], -np.inf, asked),
+        ([sums, None, each, None], asked_sum - stay, np.inf),
+        ([sums, None, -each, None], -np.inf, asked_sum + go),
+        ([least, None, None, None], np.array(list(wish.least.values()), float), np.inf),
+        ([kept[rows], None, None, -wish.round_to * step], still, still),
     ]
     heights = [blocks[0].shape[0] for blocks, _, _ in lines]
     low = [np.broadcast_to(low, h) for (_, low, _), h in zip(lines, heights, strict=True)]
     high = [np.broadcast_to(high, h) for (_, _, high), h in zip(lines, heights, strict=True)]
-    return LinearConstraint(
-        block_array([blocks for blocks, _, _ in lines]), np.concatenate(low), np.concatenate(high)
-    )
+    matrix = csr_array(block_array([blocks for blocks, _, _ in lines]))
+    matrix.eliminate_zeros()
+    some = np.flatnonzero(np.diff(matrix.indptr))  # an empty line can make HiGHS stop at a poor answer
+    return LinearConstraint(matrix[some], np.concatenate(low)[some], np.concatenate(high)[some])
 
 
 def _indicator(which: Ints) -> csr_array:
