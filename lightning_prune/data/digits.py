@@ -87,7 +87,8 @@ class Digits(LightningDataModule):
             )
         if find_spec("sklearn") is None:
             raise PruneError(
-                "The digits come with scikit-learn, which is not installed: pip install 'lightning-prune[demo]'"
+                "the digits were asked for: they come with scikit-learn, which is not installed; "
+                "pip install 'lightning-prune[demo]'"
             )
         self.save_hyperparameters()
         self.batch_size = batch_size
