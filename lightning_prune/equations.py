@@ -74,6 +74,15 @@ class Constraints:
                 found.setdefault(e.expr[1], e.target)
         return found
 
+    @cached_property
+    def spoken_of(self) -> dict[Expr, int]:
+        """Expression -> the first axis that it is the length of: equal expressions mean equal lengths."""
+        found: dict[Expr, int] = {}
+        for e in self.equations:
+            if e.target is not None:
+                found.setdefault(e.expr, e.target)
+        return found
+
     def counts(self, alive: Bools) -> Callable[[int], int]:
         """Kept length of an axis, given the living classes: that of its fullest row."""
         known: dict[int, int] = {}
@@ -116,7 +125,11 @@ class Constraints:
         table = classes if owner is None else np.column_stack([owner, classes])
         _, first = np.unique(table, axis=0, return_index=True)
         classes = classes[np.sort(first)]
-        rows = [self._positions(row, alive) for row in classes if owner is None or alive[row].any() or not row.any()]
+        rows = [
+            self._positions(row, alive)
+            for row in classes
+            if owner is None or alive[row].any() or not row.any()
+        ]
         if owner is not None:
             living = alive[owner[np.sort(first)]]
             rows = [self._positions(row, alive) for row, lives in zip(classes, living, strict=True) if lives]
@@ -133,6 +146,8 @@ class Constraints:
 
     def _equation_grids(self, e: Equation, alive: Bools, heads: bool) -> Iterator[Grid]:
         left = self._linear(e.expr, alive, heads)
+        if left is None and e.target is not None:
+            left = self._axis_term(self.spoken_of[e.expr], alive, heads)
         if left is None:
             return
         right: tuple[Terms, Fraction]
@@ -145,7 +160,7 @@ class Constraints:
                 yield grid
 
     def _balance(self, terms: Terms, constant: Fraction, alive: Bools, reason: str) -> Grid | None:
-        """sum of factors * counts + constant == 0 as two rows."""
+        """Sum of factors * counts + constant == 0 as two rows."""
         scale = int(np.lcm.reduce([k.denominator for k in terms.values()] + [constant.denominator]))
         sides: list[list[Ints]] = [[], []]
         for axis, factor in terms.items():
@@ -201,7 +216,23 @@ class Constraints:
                     if solved is not None:
                         values[one] = solved
                         known.add(one)
+        for e in pending:
+            self._solve_the_rest(e, count, values, known)
         return values
+
+    def _solve_the_rest(
+        self, e: Equation, count: Callable[[int], int], values: dict[int, int], known: set[int]
+    ) -> None:
+        """Of several unknown attributes the first that can follow alone does; the others keep their values."""
+        target = e.value if e.target is None else count(e.target)
+        if evaluate(e.expr, count, values) == target:
+            return
+        for one in sorted(mentions(e.expr, "attr") - known):
+            solved = invert(e.expr, target, count, values, one)
+            if solved is not None:
+                values[one] = solved
+                known.add(one)
+                return
 
     def violations(self, alive: Bools) -> list[Violation]:
         """Equations and grids that do not hold."""
@@ -225,7 +256,9 @@ class Constraints:
             if owners is not None:
                 kept = kept[alive[self.graph.classes.of[owners]]]
             if len(kept) and (kept.min() != kept.max() or kept.min() == 0):
-                broken.append(Violation(f"rows keep {kept.min()} to {kept.max()}, {self.ledger.explain(why)}", ()))
+                broken.append(
+                    Violation(f"rows keep {kept.min()} to {kept.max()}, {self.ledger.explain(why)}", ())
+                )
         return broken
 
 
@@ -249,7 +282,11 @@ def _combine(
 def _grid(rows: list[Ints], reason: str) -> Grid | None:
     """A grid, unless it holds by itself."""
     ordered = [np.sort(row) for row in rows]
-    distinct = [row for i, row in enumerate(ordered) if not any(np.array_equal(row, o) for o in ordered[:i])] if len(rows) < 9 else rows
+    distinct = (
+        [row for i, row in enumerate(ordered) if not any(np.array_equal(row, o) for o in ordered[:i])]
+        if len(rows) < 9
+        else rows
+    )
     if len(distinct) < 2:
         return None
     n = len(distinct)

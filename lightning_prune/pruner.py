@@ -93,7 +93,11 @@ class GroupNormPruner:
         forward_fn: Callable[..., Any] | None = None,
         output_transform: Callable[..., Any] | None = None,
     ) -> None:
-        given = {k: v for k, v in locals().items() if k not in ("self", "model", "example_inputs", "pruning_ratio", "iterative_steps", "__class__")}
+        given = {
+            k: v
+            for k, v in locals().items()
+            if k not in ("self", "model", "example_inputs", "pruning_ratio", "iterative_steps", "__class__")
+        }
         if not isinstance(model, nn.Module):
             raise OptionError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self.model = model
@@ -136,7 +140,10 @@ class GroupNormPruner:
         """
         self._refuse_stale()
         if self.current_step >= self.iterative_steps:
-            warnings.warn(f"step() was called after all {self.iterative_steps} iterative_steps; nothing was pruned.", stacklevel=2)
+            warnings.warn(
+                f"step() was called after all {self.iterative_steps} iterative_steps; nothing was pruned.",
+                stacklevel=2,
+            )
             return Plan()
         choice = self._choose(self.current_step + 1)
         plan = self._analysis.plan(choice.keep)
@@ -147,7 +154,10 @@ class GroupNormPruner:
         if capped and self.options.max_pruning_ratio < 1:
             warnings.warn("; ".join(capped), stacklevel=2)
         if not plan:
-            warnings.warn(f"There was nothing to prune in step {self.current_step + 1}: {self._why_nothing()}", stacklevel=2)
+            warnings.warn(
+                f"There was nothing to prune in step {self.current_step + 1}: {self._why_nothing()}",
+                stacklevel=2,
+            )
         return self.commit(plan, optimizers=optimizers)
 
     def commit(self, plan: Plan, *, optimizers: Any = ()) -> Plan:
@@ -159,7 +169,9 @@ class GroupNormPruner:
         """
         self._refuse_stale()
         if any(p.is_meta for p in self.model.parameters()):
-            raise PruneError("The model is on the meta device and has no weights to cut. Use step(dry_run=True), or load weights first.")
+            raise PruneError(
+                "The model is on the meta device and has no weights to cut. Use step(dry_run=True), or load weights first."
+            )
         if plan:
             before = self._analysis
             carrier = Carrier.of(optimizers, self.model, plan)
@@ -213,14 +225,20 @@ class GroupNormPruner:
             grad_scale: Scale that the gradients have now, such as the loss scale of mixed precision.
         """
         if model is not None and model is not self.model:
-            raise OptionError(f"regularize(model) must be given the pruner's own model, got another {type(model).__name__}")
+            raise OptionError(
+                f"regularize(model) must be given the pruner's own model, got another {type(model).__name__}"
+            )
         self.regularizer.apply(grad_scale)
 
     @property
     def regularizer(self) -> Regularizer:
         """The regulariser of the groups that are pruned; ignored groups and ratio 0 are left alone."""
         if self._regularizer is None:
-            pressed = [g for g, r in zip(self.groups(), self._goal.ratio, strict=True) if r > 0 and not self._goal.locked[g.units].all()]
+            pressed = [
+                g
+                for g, r in zip(self.groups(), self._goal.ratio, strict=True)
+                if r > 0 and not self._goal.locked[g.units].all()
+            ]
             self._regularizer = Regularizer(
                 pressed,
                 dict(self.model.named_parameters()),
@@ -299,7 +317,9 @@ class GroupNormPruner:
 
     def _choose(self, step: int) -> Choice:
         """Units that stay after step number ``step``."""
-        chooser = Chooser(self._analysis, self._scores(), [self._initial[key(g)] for g in self.groups()], self.options)
+        chooser = Chooser(
+            self._analysis, self._scores(), [self._initial[key(g)] for g in self.groups()], self.options
+        )
         course = {r: self._course(r)[step] for r in set(self._goal.ratio)}
         ratios = [course[r] for r in self._goal.ratio]
         if not self.options.budget:
@@ -389,9 +409,17 @@ def unwrapped(model: nn.Module, given: Any) -> Callable[..., None] | None:
         name = what if isinstance(what, str) else names.get(id(what))
         parameters = dict(model.named_parameters())
         if name not in parameters:
-            raise OptionError(f"unwrapped_parameters: {what if isinstance(what, str) else 'a tensor'} is no parameter of the model; name one of {list(parameters)[:8]}")
-        if isinstance(dim, bool) or not isinstance(dim, int) or not -parameters[name].ndim <= dim < parameters[name].ndim:
-            raise OptionError(f"unwrapped_parameters: {name} has {parameters[name].ndim} dimensions, dim {dim!r} is none of them")
+            raise OptionError(
+                f"unwrapped_parameters: {what if isinstance(what, str) else 'a tensor'} is no parameter of the model; name one of {list(parameters)[:8]}"
+            )
+        if (
+            isinstance(dim, bool)
+            or not isinstance(dim, int)
+            or not -parameters[name].ndim <= dim < parameters[name].ndim
+        ):
+            raise OptionError(
+                f"unwrapped_parameters: {name} has {parameters[name].ndim} dimensions, dim {dim!r} is none of them"
+            )
         table[name] = dim % parameters[name].ndim
 
     def prepare(tracer: Any, twin: nn.Module) -> None:
@@ -401,5 +429,3 @@ def unwrapped(model: nn.Module, given: Any) -> Callable[..., None] | None:
                     tracer.freeze(label, f"unwrapped_parameters says that dim {dim} carries the channels")
 
     return prepare
-
-

@@ -47,7 +47,9 @@ def _spread(label: Label, letters: str, alphabet: str) -> Label:
     return label.transpose(order).reshape(shape)
 
 
-def contract(t: Tracer, x: Tensor, x_letters: str, y: Tensor, y_letters: str, out: Tensor, out_letters: str) -> None:
+def contract(
+    t: Tracer, x: Tensor, x_letters: str, y: Tensor, y_letters: str, out: Tensor, out_letters: str
+) -> None:
     """State what a contraction does: ``x_letters,y_letters->out_letters``."""
     alphabet = "".join(sorted(set(x_letters + y_letters)))
     a, b = operand(t, x, x_letters, alphabet), operand(t, y, y_letters, alphabet)
@@ -142,7 +144,7 @@ def mm(t: Tracer, a: Arguments, out: Tensor) -> None:
 
 @rule("addmm")
 def addmm(t: Tracer, a: Arguments, out: Tensor) -> None:
-    """bias + [n, k] @ [k, m]."""
+    """Bias + [n, k] @ [k, m]."""
     contract(t, a["mat1"], "nk", a["mat2"], "km", out, "nm")
     add_bias(t, a["self"], out)
 
@@ -155,7 +157,7 @@ def bmm(t: Tracer, a: Arguments, out: Tensor) -> None:
 
 @rule("baddbmm")
 def baddbmm(t: Tracer, a: Arguments, out: Tensor) -> None:
-    """bias + [b, n, k] @ [b, k, m]."""
+    """Bias + [b, n, k] @ [b, k, m]."""
     contract(t, a["batch1"], "bnk", a["batch2"], "bkm", out, "bnm")
     if a["beta"] != 0:
         add_bias(t, a["self"], out)
@@ -238,9 +240,13 @@ def convolve(
     t.put(out, Tags(tuple(dims), tuple(zero)))
     if bias is not None:
         _bias(t, bias, out, channel)
-    window = int(np.prod(weight.shape[2:])) * int(np.prod(x.shape[channel + 1 :] if transposed else out.shape[channel + 1 :]))
+    window = int(np.prod(weight.shape[2:])) * int(
+        np.prod(x.shape[channel + 1 :] if transposed else out.shape[channel + 1 :])
+    )
     batch = int(np.prod(x.shape[:channel]))
-    per_row = (w_tags.dims[1], 1, int(weight.shape[1])) if ragged is None else (ragged, 1, int(weight.shape[1]))
+    per_row = (
+        (w_tags.dims[1], 1, int(weight.shape[1])) if ragged is None else (ragged, 1, int(weight.shape[1]))
+    )
     t.count_work(window * batch, [(w_tags.dims[0], 0, int(weight.shape[0])), per_row])
     return rows
 

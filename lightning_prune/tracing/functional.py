@@ -1,4 +1,4 @@
-"""Functions as Python calls them: here the integers that sizes are written with are still to be seen."""
+"""Functions as Python calls them that are one idea, although they run as several operations."""
 
 from __future__ import annotations
 
@@ -12,250 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_prune.tracing.contraction import add_bias, contract, convolve
-from lightning_prune.tracing.integers import Size
-from lightning_prune.tracing.labels import Label, Tags, along
-from lightning_prune.tracing.normalization import group_norm, layer_norm
+from lightning_prune.tracing.labels import Tags
+from lightning_prune.tracing.normalization import channel_norm, group_norm, layer_norm
+from lightning_prune.tracing.pointwise import meet
 from lightning_prune.tracing.rules import function_rule, unknown
+from lightning_prune.tracing.sizes import chunk, place, view
 from lightning_prune.tracing.tracer import Scaled, Tracer
 
 Run = Callable[..., Any]
-
-
-# -- sizes that Python reads -----------------------------------------------------------------------
-
-
-@function_rule(Tensor.shape.__get__)
-def shape(t: Tracer, func: Run, x: Tensor) -> Any:
-    """``x.shape``: labelled dimensions give tracked integers."""
-    if t.tags(x).is_opaque:
-        return func(x)
-    return torch.Size([t.sized(x, d) for d in range(x.ndim)])
-
-
-@function_rule(Tensor.size)
-def size(t: Tracer, func: Run, x: Tensor, dim: int | None = None) -> Any:
-    """``x.size()`` and ``x.size(dim)``."""
-    if t.tags(x).is_opaque:
-        return func(x) if dim is None else func(x, dim)
-    return shape(t, Tensor.shape.__get__, x) if dim is None else t.sized(x, dim % x.ndim)
-
-
-@function_rule(Tensor.__len__)
-def length(t: Tracer, func: Run, x: Tensor) -> Any:
-    """``len(x)`` is a plain int: nothing can be followed through it."""
-    t.freeze(t.tags(x).dims[0] if x.ndim else None, "its length is read by len()")
-    return func(x)
-
-
-@function_rule(Tensor.numel, torch.numel, Tensor.nelement, Tensor.tolist, Tensor.numpy)
-def counted(t: Tracer, func: Run, x: Tensor) -> Any:
-    """A plain number of elements: nothing can be followed through it."""
-    t.freeze_tensor(x, "its elements are counted or read by Python")
-    return func(x)
-
-
-# -- sizes that Python writes ----------------------------------------------------------------------
-
-
-def sizes_of(args: tuple[Any, ...]) -> list[Any]:
-    """``f(2, 3)`` and ``f((2, 3))`` alike."""
-    if len(args) == 1 and isinstance(args[0], (tuple, list)):
-        return list(args[0])
-    return list(args)
-
-
-@function_rule(Tensor.view, Tensor.reshape, torch.reshape)
-def view(t: Tracer, func: Run, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Every size but -1 is checked against the label it is the length of."""
-    out: Tensor = func(x, *args, **kwargs)
-    wanted = sizes_of(args) if args else list(kwargs.get("shape", kwargs.get("size", ())))
-    if wanted and not isinstance(wanted[0], torch.dtype):
-        t.begin("reshape")
-        check_sizes(t, wanted, out)
-    return out
-
-
-def check_sizes(t: Tracer, wanted: Sequence[Any], out: Tensor) -> None:
-    """Sizes written in the code against labels, aligned at the last."""
-    dims = t.tags(out).dims
-    for value, d in zip(reversed(list(wanted)), reversed(range(out.ndim)), strict=False):
-        if not isinstance(value, Tensor) and int.__int__(value) != -1 and out.shape[d] > 1:
-            t.expect(value, dims[d], d)
-
-
-@function_rule(Tensor.unflatten, torch.unflatten)
-def unflatten(t: Tracer, func: Run, x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
-    """Split one dimension."""
-    at = dim % x.ndim
-    return view(t, Tensor.reshape, x, [*shape_list(x, at), *sizes, *list(x.shape)[at + 1 :]])
-
-
-def shape_list(x: Tensor, stop: int) -> list[int]:
-    """Sizes that are passed on as they are, so that they need no check."""
-    return list(x.shape)[:stop]
-
-
-@function_rule(Tensor.expand, Tensor.broadcast_to, torch.broadcast_to)
-def expand(t: Tracer, func: Run, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A tracked length makes atoms of its own; a literal one stays."""
-    out: Tensor = func(x, *args, **kwargs)
-    wanted = sizes_of(args) if args else list(kwargs.get("size", kwargs.get("sizes", ())))
-    t.begin("expand")
-    tags = t.tags(out)
-    dims = list(tags.dims)
-    grown = []
-    for d, value in enumerate(wanted):
-        own = d - out.ndim + x.ndim
-        is_grown = out.shape[d] > 1 and (own < 0 or x.shape[own] == 1)
-        if is_grown and isinstance(value, Size):
-            dims[d] = _along(t.ledger.stretch(out.shape[d]), out.ndim, d)
-            grown.append(d)
-    if grown:
-        t.put(out, Tags(tuple(dims), tags.zero, tags.statistics))
-    check_sizes(t, wanted, out)
-    return out
-
-
-def _along(atoms: np.ndarray[Any, Any], rank: int, dim: int) -> Label:
-    shape_ = [1] * rank
-    shape_[dim] = -1
-    return atoms.reshape(shape_)
-
-
-@function_rule(Tensor.expand_as, Tensor.view_as, Tensor.reshape_as)
-def like_other(t: Tracer, func: Run, x: Tensor, other: Tensor) -> Tensor:
-    """The sizes of another tensor: where they grow, its labels."""
-    with t.silently():
-        wanted = list(other.shape)
-    if func is not Tensor.expand_as:
-        with_sizes = [t.sized(other, d) for d in range(other.ndim)]
-        return view(t, Tensor.reshape, x, with_sizes)
-    out: Tensor = x.expand(wanted)
-    tags, there = t.tags(out), t.tags(other)
-    dims = []
-    for d, label in enumerate(tags.dims):
-        own = d - out.ndim + x.ndim
-        grown = out.shape[d] > 1 and (own < 0 or x.shape[own] == 1)
-        dims.append(there.dims[d] if grown else label)
-        if not grown and label is not None:
-            t.expect(t.sized(other, d), label, d)
-    t.put(out, Tags(tuple(dims), tags.zero, tags.statistics))
-    return out
-
-
-@function_rule(
-    torch.zeros, torch.ones, torch.empty, torch.full, torch.rand, torch.randn,
-    Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full,
-)  # fmt: skip
-def factory(t: Tracer, func: Run, *args: Any, **kwargs: Any) -> Tensor:
-    """A new tensor: dimensions of tracked length get atoms of their own."""
-    out: Tensor = func(*args, **kwargs)
-    sizes = [a for a in args if not isinstance(a, Tensor)]
-    if not sizes:
-        sizes = [kwargs.get("size", ())]
-    if isinstance(sizes[0], (tuple, list)):
-        sizes = list(sizes[0])
-    dims: list[Label | None] = [None] * out.ndim
-    for d, value in enumerate(sizes[: out.ndim]):
-        if isinstance(value, Size) and out.shape[d] > 1:
-            dims[d] = _along(t.ledger.new((out.shape[d],)), out.ndim, d)
-    t.put(out, Tags(tuple(dims), (False,) * out.ndim))
-    t.begin(getattr(func, "__name__", "new"))
-    for d, label in enumerate(dims):
-        if label is not None:
-            t.expect(sizes[d], label, d)
-    return out
-
-
-@function_rule(Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes)
-def split(t: Tracer, func: Run, x: Tensor, split_size_or_sections: Any = None, dim: int = 0, **kwargs: Any) -> Any:
-    """The length of every piece is checked."""
-    sections = kwargs.pop("split_size", kwargs.pop("split_sizes", split_size_or_sections))
-    out = func(x, sections, dim)
-    t.begin("split")
-    at = dim % x.ndim
-    lengths = list(sections) if isinstance(sections, (list, tuple)) else [sections] * len(out)
-    for piece, wanted in zip(out, lengths, strict=False):
-        label = t.tags(piece).dims[at]
-        if piece.shape[at] == int.__int__(wanted):
-            t.expect(wanted, label, at)
-        elif label is not None:
-            t.freeze(label, "the rest of an uneven split")
-    return out
-
-
-@function_rule(Tensor.chunk, torch.chunk, Tensor.tensor_split, torch.tensor_split)
-def chunk(t: Tracer, func: Run, x: Tensor, chunks: Any = None, dim: int = 0, **kwargs: Any) -> Any:
-    """Pieces of equal length stay of equal length."""
-    out = func(x, chunks, dim=dim, **kwargs) if chunks is not None else func(x, dim=dim, **kwargs)
-    t.begin("chunk")
-    at = dim % x.ndim
-    label = t.tags(x).dims[at]
-    t.pin(chunks, "a number of pieces must not change")
-    if label is None:
-        return out
-    if any(piece.shape[at] != out[0].shape[at] for piece in out) or not isinstance(chunks, int):
-        t.freeze(label, "pieces of unequal length")
-        return out
-    rows = along(label, at)
-    cells = rows.reshape(len(rows) * len(out), -1)
-    t.ledger.grids.append((cells, None, t.why("pieces of equal length")))
-    return out
-
-
-@function_rule(Tensor.narrow, torch.narrow)
-def narrow(t: Tracer, func: Run, x: Tensor, dim: int, start: Any, length: Any) -> Tensor:
-    """Both bounds are checked."""
-    out: Tensor = func(x, dim, start, length)
-    t.begin("narrow")
-    at = dim % x.ndim
-    check_slice(t, x, at, slice(start, start + length))
-    return out
-
-
-@function_rule(Tensor.__getitem__)
-def getitem(t: Tracer, func: Run, x: Tensor, index: Any) -> Any:
-    """Bounds of slices are checked; numbers and tensors are seen by the operations inside."""
-    out = func(x, index)
-    if t.tags(x).is_opaque:
-        return out
-    t.begin("index")
-    entries = list(index) if isinstance(index, tuple) else [index]
-    used = sum(e.ndim if isinstance(e, Tensor) and e.dtype == torch.bool else 1 for e in entries if e is not None and e is not Ellipsis)
-    d = 0
-    for entry in entries:
-        if entry is Ellipsis:
-            d += x.ndim - used
-        elif entry is not None:
-            if isinstance(entry, slice):
-                check_slice(t, x, d, entry)
-            d += entry.ndim if isinstance(entry, Tensor) and entry.dtype == torch.bool else 1
-    return out
-
-
-def check_slice(t: Tracer, x: Tensor, dim: int, part: slice) -> None:
-    """What is counted by a bound: indices before it, or behind it when it is negative."""
-    label, n = t.tags(x).dims[dim], int(x.shape[dim])
-    for bound, is_stop in ((part.start, False), (part.stop, True)):
-        if bound is None:
-            continue
-        value = int.__int__(bound)
-        if label is None:
-            t.pin(bound, "a bound of a dimension that stays")
-        elif value < 0:
-            t.expect(-bound, _part(label, dim, slice(value, None)), dim)
-        elif is_stop and value >= n:
-            if isinstance(bound, Size) and value == n:
-                t.expect(bound, label, dim)
-        elif value > 0:
-            t.expect(bound, _part(label, dim, slice(0, value)), dim)
-
-
-def _part(label: Label, dim: int, part: slice) -> Label:
-    return label[(slice(None),) * dim + (part,)]
-
-
-# -- composites that are one idea ------------------------------------------------------------------
 
 
 @function_rule(F.linear)
@@ -321,7 +85,9 @@ def _spelled(equation: str, operands: Sequence[Tensor], out: Tensor) -> list[str
     terms = left.split(",")
     if not arrow:
         letters = [c for c in left if c.isalpha()]
-        result = ("..." if "..." in left else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+        result = ("..." if "..." in left else "") + "".join(
+            sorted(c for c in set(letters) if letters.count(c) == 1)
+        )
     spelled = []
     for term, x in zip([*terms, result], [*operands, out], strict=True):
         hidden = x.ndim - len(term.replace("...", ""))
@@ -332,11 +98,18 @@ def _spelled(equation: str, operands: Sequence[Tensor], out: Tensor) -> list[str
 
 
 def _convolution(transposed: bool) -> Callable[..., Tensor]:
-    def run(t: Tracer, func: Run, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    def run(
+        t: Tracer,
+        func: Run,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
         with t.silently():
             out: Tensor = func(input, weight, bias, *args, **kwargs)
-        at = 3 if transposed else 3
-        groups = kwargs.get("groups", args[at] if len(args) > at else 1)
+        groups = kwargs.get("groups", args[3] if len(args) > 3 else 1)  # fourth behind bias in both
         rows = convolve(t, input, weight, bias, int.__int__(groups), transposed, out)
         if rows is not None:
             t.expect(groups, rows, 0)
@@ -385,11 +158,10 @@ def attention(
 def _follow_attention(t: Tracer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor) -> None:
     rank = max(q.ndim, k.ndim)
     batch = "abcdefgh"[: rank - 2]
-    scores = torch.empty((*out.shape[:-1], k.shape[-2]), device="meta")
+    with t.silently():
+        scores = torch.empty((*out.shape[:-1], k.shape[-2]), device="meta")
     contract(t, q, batch + "nd", k, batch + "md", scores, batch + "nm")
     if mask is not None:
-        from lightning_prune.tracing.pointwise import meet
-
         dims = meet(t, [scores, mask], [t.tags(scores), t.tags(mask)], scores)
         t.put(scores, Tags(dims, (False,) * rank))
     tags = t.tags(scores)
@@ -399,7 +171,9 @@ def _follow_attention(t: Tracer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
 
 
 @function_rule(Tensor.repeat_interleave, torch.repeat_interleave)
-def repeat_interleave(t: Tracer, func: Any, input: Tensor, repeats: Any, dim: int | None = None, **kwargs: Any) -> Tensor:
+def repeat_interleave(
+    t: Tracer, func: Any, input: Tensor, repeats: Any, dim: int | None = None, **kwargs: Any
+) -> Tensor:
     """Every index several times in a row."""
     if isinstance(repeats, Tensor) or dim is None:
         t.freeze_tensor(input, "repeated by a tensor of counts, or flattened")
@@ -412,7 +186,8 @@ def repeat_interleave(t: Tracer, func: Any, input: Tensor, repeats: Any, dim: in
     tags = t.tags(input)
     times = int.__int__(repeats)
     dims = tuple(
-        None if label is None else (np.repeat(label, times, axis=at) if label.shape[at] > 1 else label) for label in tags.dims
+        None if label is None else (np.repeat(label, times, axis=at) if label.shape[at] > 1 else label)
+        for label in tags.dims
     )
     t.put(out, Tags(dims, tags.zero, tags.statistics))
     return out
@@ -459,7 +234,15 @@ def glu(t: Tracer, func: Run, input: Tensor, dim: int = -1) -> Tensor:
 
 
 @function_rule(F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm)
-def normalise_last(t: Tracer, func: Run, input: Tensor, normalized_shape: Sequence[Any], weight: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+def normalise_last(
+    t: Tracer,
+    func: Run,
+    input: Tensor,
+    normalized_shape: Sequence[Any],
+    weight: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
     """Layer norm and RMS norm: the written shape is checked."""
     bias = kwargs.get("bias", args[0] if args and isinstance(args[0], Tensor) else None)
     with t.silently():
@@ -473,7 +256,16 @@ def normalise_last(t: Tracer, func: Run, input: Tensor, normalized_shape: Sequen
 
 
 @function_rule(F.group_norm, torch.group_norm)
-def normalise_groups(t: Tracer, func: Run, input: Tensor, num_groups: Any, weight: Tensor | None = None, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+def normalise_groups(
+    t: Tracer,
+    func: Run,
+    input: Tensor,
+    num_groups: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
     """Group norm: the number of groups stays."""
     with t.silently():
         out: Tensor = func(input, num_groups, weight, bias, *args, **kwargs)
@@ -483,13 +275,31 @@ def normalise_groups(t: Tracer, func: Run, input: Tensor, num_groups: Any, weigh
 
 
 @function_rule(F.instance_norm, torch.instance_norm)
-def normalise_instances(t: Tracer, func: Run, input: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+def normalise_instances(
+    t: Tracer,
+    func: Run,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
     """Instance norm: one mean per channel and sample."""
-    from lightning_prune.tracing.normalization import channel_norm
-
     with t.silently():
         out: Tensor = func(input, running_mean, running_var, weight, bias, *args, **kwargs)
-    channel_norm(t, {"input": input, "weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}, out)
+    channel_norm(
+        t,
+        {
+            "input": input,
+            "weight": weight,
+            "bias": bias,
+            "running_mean": running_mean,
+            "running_var": running_var,
+        },
+        out,
+    )
     return out
 
 
@@ -505,7 +315,7 @@ def prelu(t: Tracer, func: Run, input: Tensor, weight: Tensor) -> Tensor:
             t.freeze(label, "has slopes that stay")
             t.freeze(slope, "slopes of a dimension that stays")
         else:
-            t.ledger.tie(label, _along(slope.reshape(-1), input.ndim, 1), t.why("slopes of"))
+            t.ledger.tie(label, place(slope.reshape(-1), input.ndim, 1), t.why("slopes of"))
     t.put(out, tags)
     return out
 

@@ -39,7 +39,11 @@ def index(t: Tracer, a: Arguments, out: Tensor) -> None:
     indexed: list[int] = []
     d = 0
     for entry in indices[: x.ndim]:
-        width = entry.ndim if isinstance(entry, Tensor) and entry.dtype.is_floating_point is False and _is_mask(entry) else 1
+        width = (
+            entry.ndim
+            if isinstance(entry, Tensor) and entry.dtype.is_floating_point is False and _is_mask(entry)
+            else 1
+        )
         if entry is not None:
             t.freeze_tensor(entry, "indices stay")
             indexed += range(d, d + width)
@@ -68,7 +72,9 @@ def _picked(t: Tracer, x: Tensor, out: Tensor, indexed: list[int], in_place: boo
     for d in rest:
         label = tags.dims[d]
         zero.append(tags.zero[d])
-        dims.append(None if label is None else _insert_ones(t.ledger.collapse(label, indexed, why), indexed, at, new))
+        dims.append(
+            None if label is None else _insert_ones(t.ledger.collapse(label, indexed, why), indexed, at, new)
+        )
     dims[at:at] = [None] * new
     zero[at:at] = [False] * new
     t.put(out, Tags(tuple(dims), tuple(zero), tags.statistics))
@@ -105,7 +111,16 @@ def gather(t: Tracer, a: Arguments, out: Tensor) -> None:
     pass_through(t, x, out, kept, INDEXED)
 
 
-@rule("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "index_put", "_index_put_impl")
+@rule(
+    "scatter",
+    "scatter_add",
+    "scatter_reduce",
+    "index_add",
+    "index_copy",
+    "index_fill",
+    "index_put",
+    "_index_put_impl",
+)
 def scatter(t: Tracer, a: Arguments, out: Any) -> None:
     """Write by index: dimensions that pass whole tie; the indexed one stays."""
     target = a["self"]
@@ -117,9 +132,21 @@ def scatter(t: Tracer, a: Arguments, out: Any) -> None:
         _scatter_by_indices(t, a, dims, value)
     else:
         for d, label in enumerate(dims):
-            value_label = t.tags(value).dims[d] if isinstance(value, Tensor) and value.ndim == target.ndim else None
-            same = isinstance(value, Tensor) and d != dim % target.ndim and label is not None and value_label is not None
-            if same and value.shape[d] == target.shape[d] and not t.op.startswith("scatter"):
+            value_label = (
+                t.tags(value).dims[d] if isinstance(value, Tensor) and value.ndim == target.ndim else None
+            )
+            same = (
+                isinstance(value, Tensor)
+                and d != dim % target.ndim
+                and label is not None
+                and value_label is not None
+            )
+            if (
+                same
+                and value is not None
+                and value.shape[d] == target.shape[d]
+                and not t.op.startswith("scatter")
+            ):
                 t.ledger.tie(label, value_label, t.why("written"))  # type: ignore[arg-type]
             elif isinstance(value, Tensor) or d == dim % target.ndim:
                 t.freeze(label, "written by index")
@@ -153,7 +180,9 @@ def read(t: Tracer, a: Arguments, out: Any) -> None:
     t.freeze_tensor(a["self"], "its values are read by Python")
 
 
-@rule("sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "_has_compatible_shallow_copy_type", "_assert_async",
-      "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided", "_assert_tensor_metadata")  # fmt: skip
+@rule(
+    "sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "_assert_async", "_assert_tensor_metadata",
+    "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided",
+)  # fmt: skip
 def nothing(t: Tracer, a: Arguments, out: Any) -> None:
     """No data moves from the arguments to the result."""

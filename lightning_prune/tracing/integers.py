@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 Expr: TypeAlias = tuple[Any, ...]
-"""("const", value) | ("axis", number) | ("attr", number) | (operator, Expr, Expr)"""
+"""("const", value), ("axis", number), ("attr", number) or (operator, Expr, Expr)."""
 
 OPERATORS: dict[str, Callable[[int, int], int]] = {
     "+": operator.add,
@@ -22,7 +22,7 @@ OPERATORS: dict[str, Callable[[int, int], int]] = {
 
 @dataclass(frozen=True)
 class Equation:
-    """``expr`` was used where ``target`` is counted; a target of None means that its value must not change."""
+    """``expr`` was used where ``target`` is counted; None: its value must not change."""
 
     expr: Expr
     target: int | None
@@ -33,7 +33,9 @@ class Equation:
 class Recorder:
     """Where a tracked integer reports how it was used. Set by the tracer while it runs."""
 
-    def __init__(self, on_value: Callable[[Expr, int], None], on_equal: Callable[[Expr, Expr, int], None]) -> None:
+    def __init__(
+        self, on_value: Callable[[Expr, int], None], on_equal: Callable[[Expr, Expr, int], None]
+    ) -> None:
         self.on_value = on_value
         self.on_equal = on_equal
 
@@ -45,17 +47,21 @@ class Size(int):
     recorder: Recorder
 
     def __new__(cls, value: int, expr: Expr, recorder: Recorder) -> Size:
+        """Make one."""
         self = super().__new__(cls, value)
         self.expr = expr
         self.recorder = recorder
         return self
 
     def _binary(self, symbol: str, left: Any, right: Any) -> Any:
-        if not isinstance(left, int) or not isinstance(right, int) or isinstance(left, bool) or isinstance(right, bool):
+        if (
+            not isinstance(left, int)
+            or not isinstance(right, int)
+            or isinstance(left, bool)
+            or isinstance(right, bool)
+        ):
             return self._as_value(symbol, left, right)
         value = OPERATORS[symbol](int.__int__(left), int.__int__(right))
-        if not isinstance(value, int):
-            return self._as_value(symbol, left, right)
         return Size(value, (symbol, expression(left), expression(right)), self.recorder)
 
     def _as_value(self, symbol: str, left: Any, right: Any) -> Any:
@@ -63,7 +69,7 @@ class Size(int):
         if not isinstance(left, (int, float)) or not isinstance(right, (int, float)):
             return NotImplemented
         self.recorder.on_value(self.expr, int.__int__(self))
-        plain = [int.__int__(v) if isinstance(v, int) else v for v in (left, right)]
+        plain: list[Any] = [int.__int__(v) if isinstance(v, int) else v for v in (left, right)]
         return (operator.truediv if symbol == "/" else OPERATORS[symbol])(*plain)
 
     def __add__(self, other: Any) -> Any:
@@ -103,12 +109,12 @@ class Size(int):
     def __rtruediv__(self, other: Any) -> Any:
         return self._as_value("/", other, self)
 
-    def __pow__(self, other: Any, modulo: int | None = None) -> Any:  # type: ignore[override]
+    def __pow__(self, other: Any, modulo: int | None = None) -> Any:
         if isinstance(other, int) and other >= 0:
             return self._binary("**", self, other)
         return self._as_value("**", self, other)
 
-    def __rpow__(self, other: Any, modulo: int | None = None) -> Any:  # type: ignore[misc]
+    def __rpow__(self, other: Any, modulo: int | None = None) -> Any:
         return self._as_value("**", other, self)
 
     def __neg__(self) -> Size:
@@ -172,7 +178,9 @@ def evaluate(expr: Expr, axes: Callable[[int], int], attributes: Mapping[int, in
     return OPERATORS[head](left, right)
 
 
-def invert(expr: Expr, target: int, axes: Callable[[int], int], attributes: Mapping[int, int], unknown: int) -> int | None:
+def invert(
+    expr: Expr, target: int, axes: Callable[[int], int], attributes: Mapping[int, int], unknown: int
+) -> int | None:
     """Solve ``expr == target`` for the one attribute ``unknown``; None if it cannot be solved in integers.
 
     >>> invert(("*", ("attr", 7), ("const", 3)), 12, lambda axis: 0, {}, 7)

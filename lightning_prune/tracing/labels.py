@@ -98,6 +98,7 @@ class Ledger:
     elastic: list[tuple[int, int]] = field(default_factory=list)
     _axis_of: dict[int, int] = field(default_factory=dict)
     _splits: dict[tuple[bytes, int, int], tuple[Ints, Ints]] = field(default_factory=dict)
+    _rows: list[tuple[int, Ints]] = field(default_factory=list)
     _reason_of: dict[tuple[Site, str], int] = field(default_factory=dict)
 
     def why(self, site: Site, text: str) -> int:
@@ -166,11 +167,28 @@ class Ledger:
             leaf = flat.reshape(*flat.shape[:-1], outer, -1)
             row, cell = self.new(leaf.shape[:-1]), self.new(leaf.shape)
             spread = np.broadcast_to(row[..., None], leaf.shape)
+            self._rows.append((int(cell.flat[0]), spread.ravel()))
             self.ands.append((spread.ravel(), cell.ravel(), leaf.ravel()))
             self.grids.append((cell.reshape(-1, cell.shape[-1]), row.ravel(), why))
             self._splits[key] = (row, cell)
         row, cell = self._splits[key]
         return row.reshape(*flat.shape[:-1], outer), cell.reshape(*flat.shape[:-1], outer, -1)
+
+    def bind(self, label: Label, dim: int, why: int) -> None:
+        """The rows of a scoped label keep equally many."""
+        rows = along(label, dim)
+        if len(rows) > 1 and rows.shape[1] > 1:
+            rows = np.unique(rows, axis=0)
+            self.grids.append((rows, self._owners(rows), why))
+
+    def _owners(self, rows: Ints) -> Ints:
+        """Row atom that each row of cells was split off with; frozen where there is none."""
+        first = rows.max(axis=1)
+        owners = np.zeros(len(rows), np.int64)
+        for start, row_of in self._rows:
+            mine = (first >= start) & (first < start + len(row_of))
+            owners[mine] = row_of[first[mine] - start]
+        return owners
 
     def axis(self, label: Label, dim: int) -> int:
         """Number of the axis that a label stands for."""

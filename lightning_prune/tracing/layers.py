@@ -1,4 +1,4 @@
-"""Layers whose own forward hides what it does: they are followed through an equal forward, or a user's rule."""
+"""Layers whose forward hides what it does: followed through an equal forward, or a user's rule."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def replace_layers(t: Tracer, model: nn.Module, custom: Mapping[Any, Callable[..
     for name, module in model.named_modules():
         rule = custom_rule(name, module, custom or {})
         if rule is not None:
-            module.forward = _CustomForward(t, module, rule)  # type: ignore[method-assign]
+            module.forward = _CustomForward(t, module, rule)
         elif isinstance(module, nn.MultiheadAttention):
             sizes = {
                 key: _tracked(t, name, f"{ATTENTION}.{key}", value) if isinstance(value, int) else value
@@ -45,7 +45,9 @@ def custom_rule(name: str, module: nn.Module, custom: Mapping[Any, Any]) -> Call
     """The user's rule for a module, by type, name or glob."""
     for key, rule in custom.items():
         if not callable(rule):
-            raise OptionError(f"customized_pruners[{key!r}] must be a callable rule(layer), got {type(rule).__name__}")
+            raise OptionError(
+                f"customized_pruners[{key!r}] must be a callable rule(layer), got {type(rule).__name__}"
+            )
         by_type = isinstance(key, type) and isinstance(module, key)
         if by_type or key is module or (isinstance(key, str) and name and fnmatch.fnmatchcase(name, key)):
             return rule  # type: ignore[no-any-return]
@@ -55,11 +57,12 @@ def custom_rule(name: str, module: nn.Module, custom: Mapping[Any, Any]) -> Call
 class _AttentionForward:
     """nn.MultiheadAttention followed step by step."""
 
-    def __init__(self, module: nn.Module, sizes: dict[str, Any]) -> None:
+    def __init__(self, module: nn.MultiheadAttention, sizes: dict[str, Any]) -> None:
         self.module, self.sizes = module, sizes
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return attention_forward(self.module, query, key, value, *args, **self.sizes, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        compute: Callable[..., Any] = attention_forward
+        return compute(self.module, *args, **self.sizes, **kwargs)
 
 
 class Layer:
@@ -109,7 +112,9 @@ class Layer:
         shape[at] = -1
         dims = list(tags.dims)
         dims[at] = None if label is None else label.reshape(shape)
-        self._t.put(tensor, Tags(tuple(dims), tuple(label is not None and i == at for i in range(tensor.ndim))))
+        self._t.put(
+            tensor, Tags(tuple(dims), tuple(label is not None and i == at for i in range(tensor.ndim)))
+        )
 
     def freeze(self, *places: tuple[Any, int]) -> None:
         """These dimensions stay."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -15,8 +14,18 @@ from lightning_prune.tracing.tracer import Tracer
 
 
 @rule(
-    "clone", "contiguous", "detach", "alias", "lift_fresh", "lift", "positive", "resolve_conj", "resolve_neg",
-    "dropout", "_conj", "feature_dropout",
+    "clone",
+    "contiguous",
+    "detach",
+    "alias",
+    "lift_fresh",
+    "lift",
+    "positive",
+    "resolve_conj",
+    "resolve_neg",
+    "dropout",
+    "_conj",
+    "feature_dropout",
 )
 def same(t: Tracer, a: Arguments, out: Tensor) -> None:
     """The result has the labels of the first tensor."""
@@ -47,7 +56,9 @@ def view(t: Tracer, a: Arguments, out: Tensor) -> None:
     t.put(out, Tags(dims, tuple(zero), tags.statistics))
 
 
-def move_axes(t: Tracer, x: Tensor, out: Tensor, move: Callable[[Label], Label], order: Sequence[int | None]) -> None:
+def move_axes(
+    t: Tracer, x: Tensor, out: Tensor, move: Callable[[Label], Label], order: Sequence[int | None]
+) -> None:
     """Axes change places: ``order[j]`` is the input dimension that output dimension j was, None if new."""
     tags = t.tags(x)
     dims = [None if d is None or tags.dims[d] is None else move(tags.dims[d]) for d in order]  # type: ignore[arg-type]
@@ -140,6 +151,9 @@ def take_slice(t: Tracer, x: Tensor, out: Tensor, dim: int, part: slice) -> None
     if label is not None and step > 1:
         _tie_blocks(t, label, dim, step)
     dims = tuple(None if d is None else _sliced(d, dim, part) for d in tags.dims)
+    piece = dims[dim]
+    if label is not None and piece is not None and piece.size < label.size:
+        t.ledger.bind(piece, dim, t.why("a range of every row"))
     t.put(out, Tags(dims, tags.zero, tags.statistics))
 
 
@@ -229,7 +243,11 @@ def stack(t: Tracer, a: Arguments, out: Tensor) -> None:
     tags = [t.tags(x) for x in a["tensors"]]
     dims: list[Label | None] = []
     for d in range(out.ndim - 1):
-        label = _agreed(t, [tag.dims[d] for tag in tags], 0) if _scopeless(tags, d) else _agreed_scoped(t, tags, d)
+        label = (
+            _agreed(t, [tag.dims[d] for tag in tags], 0)
+            if _scopeless(tags, d)
+            else _agreed_scoped(t, tags, d)
+        )
         dims.append(None if label is None else np.expand_dims(label, dim))
     dims.insert(dim, None)
     zero = [all(tag.zero[d] for tag in tags) for d in range(out.ndim - 1)]
@@ -259,7 +277,8 @@ def flip(t: Tracer, a: Arguments, out: Tensor) -> None:
     turned = {d % out.ndim for d in a["dims"]}
     tags = t.tags(a["self"])
     dims = tuple(
-        None if label is None else np.flip(label, [d for d in turned if label.shape[d] > 1]) for label in tags.dims
+        None if label is None else np.flip(label, tuple(d for d in turned if label.shape[d] > 1))
+        for label in tags.dims
     )
     t.put(out, Tags(dims, tags.zero, tags.statistics))
 
@@ -267,10 +286,10 @@ def flip(t: Tracer, a: Arguments, out: Tensor) -> None:
 @rule("roll")
 def roll(t: Tracer, a: Arguments, out: Tensor) -> None:
     """Rotate: a labelled dimension that is rotated by a number of places stays."""
-    tags = t.tags(a["self"])
     rolled = [d % out.ndim for d in a["dims"]] if a["dims"] else list(range(out.ndim))
-    pass_through(t, a["self"], out, [d for d in range(out.ndim) if d not in rolled], "rolled by a number of places")
-
+    pass_through(
+        t, a["self"], out, [d for d in range(out.ndim) if d not in rolled], "rolled by a number of places"
+    )
 
 
 @rule("repeat", "tile")
@@ -307,14 +326,18 @@ def pad(t: Tracer, a: Arguments, out: Tensor) -> None:
             t.freeze(label, "cropped by a number of places")
             dims.append(None)
         else:
-            scoped = t.ledger.collapse(label, [k for k in range(out.ndim) if k != d and widths[k] != (0, 0)], t.why("padded"))
+            scoped = t.ledger.collapse(
+                label, [k for k in range(out.ndim) if k != d and widths[k] != (0, 0)], t.why("padded")
+            )
             dims.append(np.pad(scoped, [widths[k] if k == d else (0, 0) for k in range(out.ndim)]))
     is_zero = a["value"] in (None, 0)
     zero = tuple(z and (is_zero or widths[d] == (0, 0)) for d, z in enumerate(tags.zero))
     t.put(out, Tags(tuple(dims), zero, tags.statistics))
 
 
-def pass_through(t: Tracer, x: Tensor, out: Tensor, kept: Sequence[int], text: str, *, zero: bool = True) -> None:
+def pass_through(
+    t: Tracer, x: Tensor, out: Tensor, kept: Sequence[int], text: str, *, zero: bool = True
+) -> None:
     """Dimensions in ``kept`` (same place in the result) carry on; labelled others stay."""
     tags = t.tags(x)
     dims: list[Label | None] = [None] * out.ndim
@@ -327,92 +350,6 @@ def pass_through(t: Tracer, x: Tensor, out: Tensor, kept: Sequence[int], text: s
         else:
             t.freeze(label, text)
     t.put(out, Tags(tuple(dims), tuple(zero and z for z in tags.zero), tags.statistics))
-
-
-@rule(
-    "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d",
-    "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d",
-    "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
-    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d",
-    "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d",
-    "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
-    "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d",
-    "replication_pad3d", "mkldnn_max_pool2d",
-)  # fmt: skip
-def spatial(t: Tracer, a: Arguments, out: Any) -> None:
-    """Works on each channel by itself, over the dimensions behind it."""
-    x = a["self"] if "self" in a else a["input"]
-    spatial_dims = {"1d": 1, "2d": 2, "3d": 3}[next(k for k in ("1d", "2d", "3d") if k in t.op)]
-    kept = list(range(x.ndim - spatial_dims))
-    for result in tensors_in((out,)):
-        pass_through(t, x, result, kept, "pooled or resized along this dimension")
-
-
-@rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d", "cudnn_grid_sampler")
-def grid_sampler(t: Tracer, a: Arguments, out: Tensor) -> None:
-    """Samples each channel at the same places."""
-    t.freeze_tensor(a["grid"], "coordinates stay")
-    pass_through(t, a["input"], out, [0, 1], "sampled along this dimension")
-
-
-@rule("triu", "tril")
-def triangle(t: Tracer, a: Arguments, out: Tensor) -> None:
-    """Masks by position in the last two dimensions."""
-    pass_through(t, a["self"], out, list(range(out.ndim - 2)), "masked by position")
-
-
-@rule("im2col")
-def im2col(t: Tracer, a: Arguments, out: Tensor) -> None:
-    """[.., C, H, W] -> [.., C * k, positions]: a channel's window goes with it."""
-    x = a["self"]
-    tags = t.tags(x)
-    channel = x.ndim - 3
-    label = tags.dims[channel]
-    pass_through(t, x, x.new_empty(x.shape), [channel], "unfolded along this dimension")
-    dims: list[Label | None] = [None] * out.ndim
-    if label is not None:
-        flat = t.ledger.collapse(label, [d for d in range(x.ndim) if d != channel], t.why("unfolded"))
-        window = out.shape[channel] // x.shape[channel]
-        shape = [1] * out.ndim
-        shape[channel] = -1
-        dims[channel] = np.repeat(flat.ravel(), window).reshape(shape)
-    t.put(out, Tags(tuple(dims), (True,) * out.ndim if tags.zero[channel] else (False,) * out.ndim))
-
-
-@rule("col2im")
-def col2im(t: Tracer, a: Arguments, out: Tensor) -> None:
-    """[.., C * k, positions] -> [.., C, H, W]: the window of a channel ties."""
-    x = a["self"]
-    tags = t.tags(x)
-    channel = x.ndim - 2
-    label = tags.dims[channel]
-    dims: list[Label | None] = [None] * out.ndim
-    if label is not None:
-        why = t.why("folded")
-        flat = t.ledger.collapse(label, [d for d in range(x.ndim) if d != channel], why).ravel()
-        rows = flat.reshape(out.shape[channel], -1)
-        t.ledger.tie(rows, rows[:, :1], why)
-        shape = [1] * out.ndim
-        shape[channel] = -1
-        dims[channel] = rows[:, 0].reshape(shape)
-    for d, other in enumerate(tags.dims):
-        if d != channel:
-            t.freeze(other, "folded along this dimension")
-    t.put(out, Tags(tuple(dims), tuple(z and d == channel for d, z in enumerate((*tags.zero, False)[: out.ndim]))))
-
-
-@rule("unfold")
-def unfold(t: Tracer, a: Arguments, out: Tensor) -> None:
-    """Sliding windows over one dimension."""
-    x = a["self"]
-    dim = a["dimension"] % x.ndim
-    tags = t.tags(x)
-    t.freeze(tags.dims[dim], "cut into windows")
-    dims: list[Label | None] = []
-    for d, label in enumerate(tags.dims):
-        keep = None if label is None or d == dim else t.ledger.collapse(label, [dim], t.why("cut into windows"))
-        dims.append(None if keep is None else keep[..., None])
-    t.put(out, Tags((*dims, None), (*tags.zero, False), tags.statistics))
 
 
 @rule("as_strided")
@@ -434,7 +371,13 @@ def diagonal(t: Tracer, a: Arguments, out: Tensor) -> None:
         t.freeze(t.tags(x).dims[d], "a diagonal is taken")
     rest = [d for d in range(x.ndim) if d not in gone]
     why = t.why("a diagonal is taken")
-    move_axes(t, x, out, lambda label: np.squeeze(t.ledger.collapse(label, gone, why), gone)[..., None], [*rest, None])
+    move_axes(
+        t,
+        x,
+        out,
+        lambda label: np.squeeze(t.ledger.collapse(label, gone, why), gone)[..., None],
+        [*rest, None],
+    )
 
 
 @rule("view_as_complex")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_prune.tracing.labels import Label, Tags
 from lightning_prune.tracing.movement import pass_through
+from lightning_prune.tracing.pointwise import pointwise
 from lightning_prune.tracing.rules import Arguments, rule, tensors_in
 from lightning_prune.tracing.tracer import Tracer
 
@@ -34,7 +35,13 @@ def layer_norm(t: Tracer, a: Arguments, out: Any) -> None:
 
 
 def normalise(
-    t: Tracer, x: Tensor, out: Tensor, over: Sequence[int], per_channel: Sequence[Tensor | None], *, affine: bool
+    t: Tracer,
+    x: Tensor,
+    out: Tensor,
+    over: Sequence[int],
+    per_channel: Sequence[Tensor | None],
+    *,
+    affine: bool,
 ) -> None:
     """Tie affine tensors and statistics, of the shape of dimensions ``over``, with these dimensions."""
     tags = t.tags(x)
@@ -62,7 +69,9 @@ def group_norm(t: Tracer, a: Arguments, out: Any) -> None:
     groups = int(a["group"] if "group" in a else a["num_groups"])
     label = t.tags(x).dims[1]
     if label is not None and groups > 1:
-        flat = t.ledger.collapse(label, [d for d in range(x.ndim) if d != 1], t.why("normalised in groups")).reshape(-1)
+        flat = t.ledger.collapse(
+            label, [d for d in range(x.ndim) if d != 1], t.why("normalised in groups")
+        ).reshape(-1)
         if len(flat) == groups:
             t.freeze(flat, "a normalisation group of one channel")
         else:
@@ -120,24 +129,52 @@ def statistic(t: Tracer, a: Arguments, out: Any) -> None:
     reduce(t, a, out, zero_is_neutral=False, statistic=True)
 
 
-@rule("max", "min", "amax", "amin", "aminmax", "argmax", "argmin", "prod", "all", "logsumexp", "median", "mode", "nanmedian")
+@rule(
+    "max",
+    "min",
+    "amax",
+    "amin",
+    "aminmax",
+    "argmax",
+    "argmin",
+    "prod",
+    "all",
+    "logsumexp",
+    "median",
+    "mode",
+    "nanmedian",
+)
 def extreme(t: Tracer, a: Arguments, out: Any) -> None:
     """Labelled dimensions stay."""
     if isinstance(a.get("other"), Tensor):
-        from lightning_prune.tracing.pointwise import pointwise
-
         pointwise(t, a, out)
         return
     reduce(t, a, out, zero_is_neutral=False, statistic=False)
 
 
-@rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax", "cumsum", "cumprod", "logcumsumexp", "sort", "argsort", "cummax", "cummin", "glu_jvp")
+@rule(
+    "_softmax",
+    "_log_softmax",
+    "softmax",
+    "log_softmax",
+    "_safe_softmax",
+    "cumsum",
+    "cumprod",
+    "logcumsumexp",
+    "sort",
+    "argsort",
+    "cummax",
+    "cummin",
+    "glu_jvp",
+)
 def over_one_dim(t: Tracer, a: Arguments, out: Any) -> None:
     """Mixes along one dimension, which stays; the others pass."""
     x = a["self"]
     over = (a["dim"] if a.get("dim") is not None else -1) % max(x.ndim, 1)
     for result in tensors_in((out,)):
-        pass_through(t, x, result, [d for d in range(x.ndim) if d != over], "mixed along this dimension", zero=False)
+        pass_through(
+            t, x, result, [d for d in range(x.ndim) if d != over], "mixed along this dimension", zero=False
+        )
 
 
 @rule("topk", "kthvalue")
@@ -148,15 +185,16 @@ def topk(t: Tracer, a: Arguments, out: Any) -> None:
 
 @rule("_weight_norm_interface", "_weight_norm")
 def weight_norm(t: Tracer, a: Arguments, out: Any) -> None:
-    """g v / ||v||, the norm taken over all dimensions but one: zeros do not change it."""
+    """G v / ||v||, the norm taken over all dimensions but one: zeros do not change it."""
     v, g, dim = a["v"], a["g"], a["dim"]
     result = tensors_in((out,))[0]
     tags, scale = t.tags(v), t.tags(g)
     for d, label in enumerate(tags.dims):
         if label is None or not label.any():
             continue
-        if d == dim % v.ndim and scale.dims[d] is not None:
-            t.ledger.tie(label, scale.dims[d], t.why("scale of"))
+        factor = scale.dims[d]
+        if d == dim % v.ndim and factor is not None:
+            t.ledger.tie(label, factor, t.why("scale of"))
         elif d == dim % v.ndim or not tags.zero[d]:
             t.freeze(label, "normalised where removed units are not zero")
     t.put(result, Tags(tags.dims, tags.zero, tags.statistics))

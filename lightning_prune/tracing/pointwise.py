@@ -28,7 +28,9 @@ def pointwise(t: Tracer, a: Arguments, out: Any) -> None:
     tags = [t.tags(x) for x in inputs]
     first = results[0]
     dims = meet(t, inputs, tags, first)
-    zero = tuple(label is not None and _keeps_zero(a, inputs, tags, first.ndim, d) for d, label in enumerate(dims))
+    zero = tuple(
+        label is not None and _keeps_zero(a, inputs, tags, first.ndim, d) for d, label in enumerate(dims)
+    )
     statistics = _statistics(tags)
     for result in results:
         if any(result is x for x in inputs):

@@ -1,7 +1,7 @@
 """Operation -> rule: the table, the way a rule is written, and what happens without one.
 
-A rule is one function ``rule(t, a, out)``: ``t`` the tracer, ``a`` the arguments by the names of the operation's
-schema, ``out`` the result. It states what the operation does to labels with four verbs:
+A rule is one function ``rule(t, a, out)``: ``t`` the tracer, ``a`` the arguments by the names of the
+operation's schema, ``out`` the result. It states what the operation does to labels with four verbs:
 
 * ``t.put(out, Tags(dims, zero))`` labels the result,
 * ``t.ledger.tie(a, b, why)`` says that two labels live or die together,
@@ -99,7 +99,7 @@ def follow(t: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], 
         unknown(t, inputs)
         return
     names = _schema(func)
-    bound = {name: default for name, default in names}
+    bound = dict(names)
     bound.update(zip((name for name, _ in names), args, strict=False))
     bound.update(kwargs)
     bound["func"] = func

@@ -154,7 +154,11 @@ def _freeze_rows(union: _Union, ands: list[Ints], heads: Ints) -> bool:
     is_head = np.zeros(int(union.of.max()) + 1, bool)
     is_head[union.of[heads]] = True
     bad = live & ~is_head[row]
-    pairs = np.unique(np.stack([leaf[live], row[live], cell[live]]), axis=1) if live.any() else np.zeros((3, 0), np.int64)
+    pairs = (
+        np.unique(np.stack([leaf[live], row[live], cell[live]]), axis=1)
+        if live.any()
+        else np.zeros((3, 0), np.int64)
+    )
     twice = pairs[0][1:][pairs[0][1:] == pairs[0][:-1]]
     bad |= live & np.isin(leaf, twice)
     targets = np.unique(row[bad])

@@ -7,11 +7,20 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_prune.errors import PruneError, TraceError
-from lightning_prune.tracing import contraction, functional, indexing, movement, normalization, pointwise
+from lightning_prune.tracing import (
+    contraction,
+    functional,
+    indexing,
+    movement,
+    normalization,
+    pointwise,
+    sizes,
+    windows,
+)
 from lightning_prune.tracing.layers import replace_layers
 from lightning_prune.tracing.rules import FUNCTIONS, follow
 from lightning_prune.tracing.tracer import (
@@ -26,7 +35,7 @@ from lightning_prune.tracing.tracer import (
     track_attributes,
 )
 
-RULE_FILES = (contraction, functional, indexing, movement, normalization, pointwise)
+RULE_FILES = (contraction, functional, indexing, movement, normalization, pointwise, sizes, windows)
 
 
 def trace(
@@ -74,9 +83,10 @@ def trace(
 def refuse_lazy(model: nn.Module) -> None:
     """Lazy parameters have no shape yet."""
     for name, p in [*model.named_parameters(), *model.named_buffers()]:
-        if isinstance(p, UninitializedTensorMixin):
+        if is_lazy(p):
             raise TraceError(
-                f"{name} is a lazy parameter without a shape. Run the model once on example inputs before pruning it."
+                f"{name} is a lazy parameter without a shape. Run the model once on example inputs "
+                "before pruning it."
             )
 
 
@@ -98,7 +108,8 @@ def _run(tracer: Tracer, twin: nn.Module, example_inputs: Any, forward_fn: Calla
 def undisturbed() -> Iterator[None]:
     """RNG state, grad mode, autocast and the attention fast path are given back as they were."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    has_gpu = bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+    devices = list(range(torch.cuda.device_count())) if has_gpu else []
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.random.fork_rng(devices=devices), torch.autocast("cpu", enabled=False):
@@ -118,6 +129,3 @@ def _settle_parameters(tracer: Tracer) -> None:
         column = tracer.leaves[name][1]
         if column is not None:
             tracer.ledger.tie(tracer.ragged[name], column.reshape(1, -1), tracer.why("also read as a whole"))
-
-
-_ = Tensor

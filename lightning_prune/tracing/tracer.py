@@ -11,20 +11,18 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.errors import TraceError
-from lightning_prune.tracing.integers import Equation, Expr, Recorder, Size, expression, mentions
-from lightning_prune.tracing.labels import Ints, Label, Ledger, Site, Tags, along, opaque
+from lightning_prune.tracing.integers import Equation, Expr, Recorder, Size, mentions
+from lightning_prune.tracing.labels import Ints, Label, Ledger, Site, Tags, opaque
 
 TAGS = "_lightning_prune_tags"
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent.parent)
-_PLAIN = torch._C.DisableTorchFunctionSubclass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +89,7 @@ class Tracer:
 
     def tags(self, tensor: Tensor) -> Tags:
         """What is known of a tensor; unknown tensors are opaque."""
-        found = tensor.__dict__.get(TAGS)
+        found: Tags | None = tensor.__dict__.get(TAGS)
         if found is None or len(found.dims) != tensor.ndim:
             return opaque(tensor.ndim)
         name = self.names.get(id(tensor))
@@ -100,7 +98,7 @@ class Tracer:
             self.whole.add(name)
         if self.dirty and any(found.zero) and tensor.untyped_storage()._cdata in self.dirty:
             return dataclasses.replace(found, zero=(False,) * tensor.ndim)
-        return found  # type: ignore[no-any-return]
+        return found
 
     def put(self, tensor: Tensor, tags: Tags) -> None:
         """Say what is known of a tensor."""
@@ -244,11 +242,11 @@ class Functions(TorchFunctionMode):
         return out
 
 
-class Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside: carries labels through primitive operations."""
 
     def __init__(self, tracer: Tracer, follow: Callable[..., None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.tracer = tracer
         self.follow = follow
 
@@ -276,7 +274,8 @@ def label_tensors(tracer: Tracer, model: nn.Module) -> None:
             dims.append(tracer.ledger.new(shape) if size > 1 and followed else None)
         tracer.leaves[name] = tuple(dims)
         tracer.names[id(tensor)] = name
-        tracer.put(tensor, Tags(tuple(dims), (is_parameter,) * tensor.ndim))
+        is_zero = is_parameter or (not tensor.is_meta and not bool(tensor.any()))
+        tracer.put(tensor, Tags(tuple(dims), (is_zero,) * tensor.ndim))
 
 
 def track_attributes(tracer: Tracer, model: nn.Module) -> None:
@@ -301,7 +300,8 @@ def _track(tracer: Tracer, table: dict[str, Any], module: str, prefix: str) -> N
             table[key] = _tracked(tracer, module, path, value)
         elif type(value) in (tuple, list) and any(type(v) is int for v in value):
             items = [
-                _tracked(tracer, module, f"{path}[{i}]", v) if type(v) is int else v for i, v in enumerate(value)
+                _tracked(tracer, module, f"{path}[{i}]", v) if type(v) is int else v
+                for i, v in enumerate(value)
             ]
             table[key] = type(value)(items)
 
@@ -382,13 +382,3 @@ def call(model: nn.Module, example_inputs: Any, forward_fn: Callable[..., Any] |
     if isinstance(example_inputs, (tuple, list)):
         return model(*example_inputs)
     return model(example_inputs)
-
-
-def frozen_everywhere(labels: list[Label]) -> bool:
-    """True if there is nothing to remove."""
-    return all(not label.any() for label in labels)
-
-
-def same_atoms(a: Label, b: Label, dim_a: int, dim_b: int) -> bool:
-    """True if two labels name the same atoms in the same order."""
-    return np.array_equal(np.unique(along(a, dim_a), axis=0), np.unique(along(b, dim_b), axis=0))
