@@ -178,6 +178,7 @@ def test_names_with_brackets_and_bars_are_shown_as_they_are() -> None:
         dense_is="[bold]not markup[/bold]", channels={"a|b": (1, 1)}, targets=(Target("[x]", 0, 0),)
     )
     assert "[bold]not markup[/bold]" in console_text(shown)
+    assert "[red]accuracy (test)" in console_text(replace(shown, metric="[red]accuracy"))
     assert "[x]: asked 0.00%" in console_text(shown)
     assert r"| a\|b  |" in shown.to_markdown()
 
@@ -191,6 +192,21 @@ def test_write_leaves_three_whole_files(tmp_path: Path) -> None:
     assert imread(paths[0]).shape[1] > 800
     assert "(channels.png)" in paths[1].read_text()
     assert json.loads(paths[2].read_text())["seed"] == 7
+
+
+def test_no_file_is_written_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    original = Path.write_bytes
+
+    def note(path: Path, data: bytes) -> int:
+        names.append(path.name)
+        return original(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", note)
+    sample(channels={}).write(tmp_path)
+    assert len(names) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"report.md", "report.json"}
+    assert not {"report.md", "report.json"} & set(names)
 
 
 def test_a_missing_matplotlib_costs_the_figure_not_the_report(
@@ -285,7 +301,13 @@ def test_names_are_shortened_but_stay_apart(names: list[str], length: int, expec
 def test_a_pair_is_measured_in_one_go(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"dense": Latency(2.0, 0.2, 10, 5, 1), "pruned": Latency(1.0, 0.1, 10, 5, 1)}
     monkeypatch.setattr(measured, "measure_latency", lambda *_, **__: times)
-    dense, pruned = measure_pair(nn.Linear(8, 4), nn.Linear(8, 2), torch.ones(3, 8), accuracies=(0.9, None))
+    dense, pruned = measure_pair(
+        nn.Linear(8, 4),
+        nn.Linear(8, 2),
+        {"any": "object", "x": torch.ones(3, 8)},
+        accuracies=(0.9, None),
+        forward_fn=lambda model, given: model(given["x"]),
+    )
     assert dense == Measured(0.9, 36, 96, 144, 2.0, 0.2, 144 + 48)
     assert pruned == Measured(None, 18, 48, 72, 1.0, 0.1, 72 + 24)
 
