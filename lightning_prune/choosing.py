@@ -66,9 +66,13 @@ class Chooser:
             broken = self.analysis.constraints.violations(alive)
             if not broken:
                 return Choice(keep, notes)
-            locked |= self._bound_by([a for v in broken for a in v.axes], everything=not any(v.axes for v in broken))
+            locked |= self._bound_by(
+                [a for v in broken for a in v.axes], everything=not any(v.axes for v in broken)
+            )
             goal = replace(goal, locked=locked)
-        note = "sizes in the code could not be brought together, nothing is cut: " + "; ".join(v.text for v in broken[:3])
+        note = "sizes in the code could not be brought together, nothing is cut: " + "; ".join(
+            v.text for v in broken[:3]
+        )
         return Choice(np.ones(self.analysis.graph.n_units, bool), (note,))
 
     def _once(self, goal: Targets, ratios: Sequence[float], locked: Bools) -> tuple[Bools, tuple[str, ...]]:
@@ -78,16 +82,25 @@ class Chooser:
         if any(ratios[i] > 0 for i in self._heads):
             initial = np.array([self._initial(i) for i in self._heads], np.int64)
             request = demand(self._heads, goal, ratios, initial, locked, self.options)
-            picked = select([groups[i] for i in self._heads], [self.scores[i] for i in self._heads], constraints.head_grids(), request)
+            picked = select(
+                [groups[i] for i in self._heads],
+                [self.scores[i] for i in self._heads],
+                constraints.head_grids(),
+                request,
+            )
             for i in self._heads:
                 keep[groups[i].units] = picked.keep[groups[i].units]
             notes += picked.notes
         alive = self.analysis.alive(keep)
         rest = self._living(alive)
         numbers = [i for i, _, _ in rest]
-        initial = np.array([round(self._initial(i) * len(g.units) / groups[i].n_units) for i, g, _ in rest], np.int64)
+        initial = np.array(
+            [round(self._initial(i) * len(g.units) / groups[i].n_units) for i, g, _ in rest], np.int64
+        )
         request = demand(numbers, goal, ratios, initial, locked, self.options)
-        picked = select([g for _, g, _ in rest], [s for _, _, s in rest], constraints.cell_grids(alive), request)
+        picked = select(
+            [g for _, g, _ in rest], [s for _, _, s in rest], constraints.cell_grids(alive), request
+        )
         for i, g, _ in rest:
             keep[groups[i].units] = False
             keep[g.units] = picked.keep[g.units]

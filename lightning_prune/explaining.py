@@ -64,7 +64,9 @@ def _ties(analysis: Analysis, name: str, dim: int) -> list[str]:
             others = [f"{m.tensor} dim {m.dim}" for m in group.members if (m.tensor, m.dim) != (name, dim)]
             more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
             tied = ", ".join(others[:SHOWN]) + more if others else "nothing else"
-            lines.append(f"{group.n_units} units of kind {group.kind!r} in group {group.name}, tied with {tied}.")
+            lines.append(
+                f"{group.n_units} units of kind {group.kind!r} in group {group.name}, tied with {tied}."
+            )
     return lines
 
 
@@ -106,7 +108,9 @@ def _tree(analysis: Analysis):  # type: ignore[no-untyped-def]
             left = np.concatenate([left, np.concatenate([p[k] for p in ledger.ands])])
             right = np.concatenate([right, leaf])
         why = np.concatenate([why, np.full(2 * len(leaf), -1)])
-    graph = coo_array((np.ones(len(left), np.int8), (left, right)), shape=(ledger.count, ledger.count)).tocsr()
+    graph = coo_array(
+        (np.ones(len(left), np.int8), (left, right)), shape=(ledger.count, ledger.count)
+    ).tocsr()
     _, previous = breadth_first_order(graph, FROZEN, directed=False, return_predecessors=True)
     number = {}
     for a, b, w in zip(left.tolist(), right.tolist(), why.tolist(), strict=True):

@@ -224,7 +224,11 @@ def _signatures(classes: Classes, reach: _Reach) -> tuple[Ints, Ints, Ints]:
     weight = np.random.default_rng(0).integers(1, 2**62, int(reach.place.max()) + 1)
     elements, start = np.unique(pairs[0], return_index=True)
     key = np.add.reduceat(weight[pairs[1]], start)
-    kind = np.array([KINDS.index(_kind(classes, int(e))) for e in elements]) if len(elements) < 64 else _kind_codes(classes, elements)
+    kind = (
+        np.array([KINDS.index(_kind(classes, int(e))) for e in elements])
+        if len(elements) < 64
+        else _kind_codes(classes, elements)
+    )
     key = key * 3 + kind
     first = np.full((len(elements), 2), -1, np.int64)
     order = np.lexsort((reach.position, reach.place, reach.element))
@@ -265,7 +269,9 @@ def _members(places: tuple[Place, ...], place: Ints, position: Ints, unit: Ints)
     return tuple(sorted(found, key=lambda m: m.is_buffer))
 
 
-def _group(tracer: Tracer, kind: Kind, units: Ints, members: tuple[Member, ...], taken: dict[str, int]) -> Group:
+def _group(
+    tracer: Tracer, kind: Kind, units: Ints, members: tuple[Member, ...], taken: dict[str, int]
+) -> Group:
     name = f"{members[0].tensor}:{members[0].dim}" + ("" if kind == "channel" else f"/{kind}")
     taken[name] = taken.get(name, 0) + 1
     if taken[name] > 1:

@@ -49,7 +49,9 @@ def tensors_named(model: nn.Module, what: Any, option: str) -> frozenset[str]:
     return frozenset(found)
 
 
-def _through_aliases(model: nn.Module, aliases: dict[str, nn.Module], what: str, tensors: Sequence[Any]) -> set[str]:
+def _through_aliases(
+    model: nn.Module, aliases: dict[str, nn.Module], what: str, tensors: Sequence[Any]
+) -> set[str]:
     """A shared module or a tied parameter may be named by any of its names."""
     ids = {id(t): name for name, t in tensors}
     every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
@@ -70,7 +72,9 @@ def is_named(name: str, module: nn.Module, what: Any) -> bool:
         return isinstance(module, what)
     if isinstance(what, str):
         by_type = type_named(what)
-        return (bool(name) and fnmatch.fnmatchcase(name, what)) or (by_type is not None and isinstance(module, by_type))
+        return (bool(name) and fnmatch.fnmatchcase(name, what)) or (
+            by_type is not None and isinstance(module, by_type)
+        )
     return False
 
 
@@ -90,7 +94,11 @@ def _nothing(model: nn.Module, what: Any, option: str) -> str:
     names = [n for n, _ in model.named_modules() if n] + [n for n, _ in model.named_parameters()]
     shown = what if isinstance(what, str) else getattr(what, "__name__", None) or f"a {type(what).__name__}"
     near = difflib.get_close_matches(str(shown), names, n=5, cutoff=0.3) or names[:5]
-    kind = "is no module, name, glob, type or parameter" if not isinstance(what, str) else "matches no module or parameter"
+    kind = (
+        "is no module, name, glob, type or parameter"
+        if not isinstance(what, str)
+        else "matches no module or parameter"
+    )
     return f"{option}: {shown!r} {kind} of {type(model).__name__}. Nearest names: {', '.join(near)}."
 
 

@@ -56,7 +56,9 @@ class PruningOptions:
             for key, value in (table or {}).items():
                 _share(f"{name}[{key!r}]", value)
         if self.round_to is not None and (not _is_int(self.round_to) or self.round_to < 1):
-            raise OptionError(f"round_to must be a whole number >= 1 or None, got {self.round_to!r}; 8 keeps multiples of 8")
+            raise OptionError(
+                f"round_to must be a whole number >= 1 or None, got {self.round_to!r}; 8 keeps multiples of 8"
+            )
         for name in ("global_pruning", "isomorphic", "prune_num_heads", "prune_head_dims", "include_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -67,10 +69,14 @@ class PruningOptions:
         if self.nan_policy not in ("raise", "skip", "zero"):
             raise OptionError(f"nan_policy must be 'raise', 'skip' or 'zero', got {self.nan_policy!r}")
         if isinstance(self.ignored_layers, str) or not isinstance(self.ignored_layers, Iterable):
-            raise OptionError(f"ignored_layers must be a list of modules, names, globs or types, got {self.ignored_layers!r}")
+            raise OptionError(
+                f"ignored_layers must be a list of modules, names, globs or types, got {self.ignored_layers!r}"
+            )
         for name in ("forward_fn", "output_transform"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
-                raise OptionError(f"{name} must be callable or None, got {type(getattr(self, name)).__name__}")
+                raise OptionError(
+                    f"{name} must be callable or None, got {type(getattr(self, name)).__name__}"
+                )
         if self.budget is not None:
             check_budget(self.budget)
 
@@ -80,9 +86,15 @@ def _is_int(value: Any) -> bool:
 
 
 def _share(name: str, value: Any, *, closed: bool = False) -> None:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and (0 <= value < 1 or (closed and value == 1))
+    good = (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and (0 <= value < 1 or (closed and value == 1))
+    )
     if not good:
-        raise OptionError(f"{name} must be a number in [0, 1{']' if closed else ')'}, got {value!r}; 0.3 is 30 % of the units")
+        raise OptionError(
+            f"{name} must be a number in [0, 1{']' if closed else ')'}, got {value!r}; 0.3 is 30 % of the units"
+        )
 
 
 def check_budget(budget: Mapping[str, float]) -> dict[str, float]:

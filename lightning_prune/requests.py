@@ -55,7 +55,10 @@ def targets(analysis: Analysis, options: PruningOptions, ratio: float, head_dims
         locked |= owned(analysis, tensors_named(analysis.model, what, "ignored_layers"))
     ratios = [_default_ratio(g, options, ratio, head_dims) for g in groups]
     scopes = _default_scopes(groups, options)
-    tables = ((options.pruning_ratio_dict, False, "pruning_ratio_dict"), (options.head_pruning_ratio_dict, True, "head_pruning_ratio_dict"))
+    tables = (
+        (options.pruning_ratio_dict, False, "pruning_ratio_dict"),
+        (options.head_pruning_ratio_dict, True, "head_pruning_ratio_dict"),
+    )
     for table, heads, name in tables:
         _apply_table(analysis, table or {}, heads, name, ratios, scopes, options)
     return Targets(tuple(ratios), tuple(scopes), locked)
@@ -99,13 +102,17 @@ def _apply_table(
     options: PruningOptions,
 ) -> None:
     if heads and table and not options.prune_num_heads:
-        raise OptionError("head_pruning_ratio_dict was given with prune_num_heads=False; set prune_num_heads=True")
+        raise OptionError(
+            "head_pruning_ratio_dict was given with prune_num_heads=False; set prune_num_heads=True"
+        )
     for number, (what, ratio) in enumerate(table.items()):
         check_ratio(f"{option}[{what!r}]", ratio)
         names = what if isinstance(what, tuple) else (what,)
         tensors = frozenset().union(*(tensors_named(analysis.model, n, option) for n in names))
         mask = owned(analysis, tensors)
-        hit = [i for i, g in enumerate(analysis.groups) if (g.kind == "head") == heads and mask[g.units].any()]
+        hit = [
+            i for i, g in enumerate(analysis.groups) if (g.kind == "head") == heads and mask[g.units].any()
+        ]
         if not hit:
             raise EmptyGroupError(
                 f"{option}: {what!r} holds no prunable {'head' if heads else 'unit'}; explain(name, dim) says why its dimensions stay."
@@ -128,7 +135,12 @@ def check_ratio(name: str, value: Any) -> float:
 
 
 def demand(
-    numbers: Sequence[int], goal: Targets, ratios: Sequence[float], initial: Ints, locked: Bools, options: PruningOptions
+    numbers: Sequence[int],
+    goal: Targets,
+    ratios: Sequence[float],
+    initial: Ints,
+    locked: Bools,
+    options: PruningOptions,
 ) -> Demand:
     """What ``select`` is asked for some of the groups.
 
@@ -170,9 +182,15 @@ def _rows_found(analysis: Analysis, tensors: frozenset[str]) -> int:
     """Blocks that dimensions of these tensors split into: heads or convolution groups; 1 for none."""
     model = analysis.model
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and f"{name}.weight".lstrip(".") in tensors and module.groups > 1:
+        if (
+            isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+            and f"{name}.weight".lstrip(".") in tensors
+            and module.groups > 1
+        ):
             return int(module.groups)
-    counts = [g.n_units for g in analysis.groups if g.kind == "head" and any(m.tensor in tensors for m in g.members)]
+    counts = [
+        g.n_units for g in analysis.groups if g.kind == "head" and any(m.tensor in tensors for m in g.members)
+    ]
     if counts:
         return max(counts)
     reached = {int(c) for p in analysis.graph.places if p.tensor in tensors for c in np.unique(p.classes)}
