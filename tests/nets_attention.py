@@ -161,7 +161,7 @@ SEPARATE_GROUPS = (
     MLP_GROUP,
     "att.q.weight:0 att.q.bias:0 att.k.weight:0 att.k.bias:0",
     "att.v.weight:0 att.v.bias:0 att.proj.weight:1",
-    "att.q.weight:0 att.q.bias:0 att.k.weight:0 att.k.bias:0 att.v.weight:0 att.v.bias:0 att.proj.weight:1",  # heads
+    "att.q.weight:0 att.q.bias:0 att.k.weight:0 att.k.bias:0 att.v.weight:0 att.v.bias:0 att.proj.weight:1",
 )
 
 

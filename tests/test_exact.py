@@ -83,12 +83,18 @@ def test_global_ranking_is_exact(case: Case) -> None:
     assert_exact(dense, model, plan, inputs, survivors=case.survivors)
 
 
+@pytest.mark.parametrize(("ratio", "steps"), [(0.0, 1), (0.5, 2)])
 @pytest.mark.parametrize("case", WITH_HEADS, ids=case_ids(WITH_HEADS))
-def test_whole_heads_are_exact(case: Case) -> None:
+def test_whole_heads_are_exact(case: Case, ratio: float, steps: int) -> None:
     model, inputs = case.make(seed=3), case.inputs()
     dense = copy.deepcopy(model)
-    plan = prune(model, inputs, pruning_ratio=0.0, prune_num_heads=True, head_pruning_ratio=0.5)
-    assert_exact(dense, model, plan, inputs, survivors=case.survivors)
+    options: dict[str, Any] = {"prune_num_heads": True, "head_pruning_ratio": 0.5, "iterative_steps": steps}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pruner = GroupNormPruner(model, inputs, pruning_ratio=ratio, **options)
+        for _ in range(steps):
+            pruner.step()
+    assert_exact(dense, model, pruner.plan, inputs, survivors=case.survivors)
 
 
 HEADS = {

@@ -83,6 +83,21 @@ def test_heads_and_head_dims_together() -> None:
     assert_exact(dense, model, plan, tokens())
 
 
+@pytest.mark.parametrize("ranked", [False, True])
+def test_heads_head_dims_and_channels_in_steps(ranked: bool) -> None:
+    model = vit()
+    dense = copy.deepcopy(model)
+    options: dict[str, Any] = {"prune_num_heads": True, "head_pruning_ratio": 0.5, "global_pruning": ranked}
+    pruner = GroupNormPruner(model, tokens(), pruning_ratio=0.5, iterative_steps=2, **options)
+    pruner.step()
+    pruner.step()
+    if not ranked:
+        assert head_sizes(model) == [(2, 12), (2, 12)]
+        assert model[0].embed.out_features == 8
+    assert sum(h for h, _ in head_sizes(model)) == 4
+    assert_exact(dense, model, pruner.plan, tokens())
+
+
 def test_head_pruning_ratio_dict() -> None:
     model = vit()
     GroupNormPruner(

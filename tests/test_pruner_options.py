@@ -169,7 +169,7 @@ def test_all_ignored_warns_once_and_changes_nothing() -> None:
     model = mlp()
     before = copy.deepcopy(model.state_dict())
     pruner = GroupNormPruner(model, X, ignored_layers=[nn.Linear])
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="nothing to prune") as caught:
         plan = pruner.step()
     assert len(caught) == 1
     assert not plan
@@ -260,10 +260,21 @@ def test_a_step_too_many_warns_and_changes_nothing() -> None:
     model = mlp()
     pruner = GroupNormPruner(model, X)
     plan = pruner.step()
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="iterative_steps"):
         assert not pruner.step()
     assert sizes(model, "0", "2") == [4, 3]
     assert pruner.plan == plan
+
+
+def test_a_step_that_finds_no_unit_left_warns_and_changes_nothing() -> None:
+    """Two groups of two channels at .7: the first step leaves one channel per group, and those stay."""
+    model = randomise(nn.Sequential(conv(3, 4), nn.GroupNorm(2, 4), conv(4, 3)), 0)
+    pruner = GroupNormPruner(model, image(), pruning_ratio=0.7, iterative_steps=2)
+    pruner.step()
+    assert sizes(model, "0") == [2]
+    with pytest.warns(UserWarning, match="nothing to prune"):
+        assert not pruner.step()
+    assert sizes(model, "0") == [2]
 
 
 # --- ranking ---

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from typing import Any
 
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -50,13 +51,28 @@ def removed_of(n: int, ratio: float) -> int:
 
 
 @QUICK
-@given(spec=specs(), ratio=st.sampled_from([0.25, 0.5, 0.7]), seed=st.integers(0, 99), ranked=st.booleans())
-def test_pruned_equals_masked(spec: Spec, ratio: float, seed: int, ranked: bool) -> None:
+@given(
+    spec=specs(),
+    ratio=st.sampled_from([0.25, 0.5, 0.7]),
+    seed=st.integers(0, 99),
+    options=st.fixed_dictionaries(
+        {
+            "global_pruning": st.booleans(),
+            "prune_num_heads": st.booleans(),
+            "round_to": st.sampled_from([None, 2]),
+            "iterative_steps": st.integers(1, 2),
+        }
+    ),
+)
+def test_pruned_equals_masked(spec: Spec, ratio: float, seed: int, options: dict[str, Any]) -> None:
     model, inputs = spec.build(seed), image(3, SIDE)
     dense, objects = copy.deepcopy(model), list(model.named_parameters())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        plan = GroupNormPruner(model, inputs, pruning_ratio=ratio, global_pruning=ranked).step()
+        pruner = GroupNormPruner(model, inputs, pruning_ratio=ratio, **options)
+        for _ in range(pruner.iterative_steps):
+            pruner.step()
+    plan = pruner.plan
     assert_same_objects(objects, model)
     assert_exact(dense, model, plan, inputs)
     replayed = copy.deepcopy(dense)

@@ -75,7 +75,7 @@ def test_03_a_nan_channel_neither_stops_pruning_nor_stays(ranked: bool) -> None:
 
 def test_04_the_cap_holds() -> None:
     model = mlp(100)
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="max_pruning_ratio"):
         GroupNormPruner(model, X, pruning_ratio=0.9, max_pruning_ratio=0.5).step()
     assert model[0].out_features == 50
 
@@ -265,7 +265,7 @@ def test_13_the_constructor_leaves_the_training_flag() -> None:
 
 def test_14_no_defaults_leak_between_pruners() -> None:
     first = GroupNormPruner(mlp(), X, ignored_layers=["0"], pruning_ratio_dict={"2": 0.0})
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="nothing to prune"):
         first.step()
     ratios: dict[Any, float] = {"0": 0.25}
     ignored = ["2"]
