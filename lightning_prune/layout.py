@@ -81,7 +81,7 @@ class Block:
         return (tensor if self.order is None else tensor.permute(self.order)).view(self.view)
 
     def sums(self, tensor: Tensor, scratch: Tensor, step: int) -> list[Tensor]:
-        """Sum the squares per position of every slot, in one pass.
+        """Sum the squares per position of every slot, in one pass; not for vectors, whose squares are the sums.
 
         Args:
             tensor: Seen through ``look``.
@@ -99,7 +99,7 @@ class Block:
             else:
                 squares.copy_(chunk).square_()
             for slot, found in zip(self.slots, parts, strict=True):
-                part = squares.sum(slot.reduce) if slot.reduce else squares.clone()
+                part = squares.sum(slot.reduce)  # never of no axis: such a block is a vector
                 if found and 0 in slot.reduce:
                     found[0] += part
                 else:

@@ -299,6 +299,16 @@ def test_low_precision_is_computed_in_float32_and_rounded_once(dtype):
     assert Regularizer(groups, parameters()).low_precision == ()
 
 
+def test_squares_of_half_precision_scales_do_not_overflow():
+    w = torch.nn.Parameter(torch.tensor([300.0, 600.0], dtype=torch.float16))
+    w.grad = torch.zeros_like(w)
+    regularizer = Regularizer(
+        [group("w", member("w", 0, range(2), range(2), 2))], {"w": w}, reg=1.0, alpha=1.0
+    )
+    regularizer.apply()
+    assert w.grad.tolist() == [600, 600]
+
+
 def test_a_small_penalty_survives_in_half_precision():
     w = torch.nn.Parameter(torch.full((2, 2), 0.5, dtype=torch.float16))
     w.grad = torch.zeros_like(w)
