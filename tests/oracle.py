@@ -65,20 +65,21 @@ class SurvivorGroupNorm(nn.Module):
 
     def __init__(self, norm: nn.GroupNorm, keep: Tensor) -> None:
         super().__init__()
-        self.norm = norm
+        self.weight, self.bias = norm.weight, norm.bias
+        self.num_groups, self.eps = norm.num_groups, norm.eps
         self.keep = keep.double()
 
     def forward(self, x: Tensor) -> Tensor:
-        groups = self.norm.num_groups
+        groups = self.num_groups
         cells = x.reshape(x.shape[0], groups, x.shape[1] // groups, -1)  # [n, g, c, s]
         keep = self.keep.view(1, groups, -1, 1)
         n = (keep.sum(2, keepdim=True) * cells.shape[3]).clamp(min=1)
         cells = cells - (cells * keep).sum((2, 3), keepdim=True) / n
         power = (cells.square() * keep).sum((2, 3), keepdim=True) / n
-        y = (cells / (power + self.norm.eps).sqrt()).reshape(x.shape)
+        y = (cells / (power + self.eps).sqrt()).reshape(x.shape)
         side = (1, -1) + (1,) * (x.ndim - 2)
-        if self.norm.weight is not None:
-            y = y * self.norm.weight.view(side) + self.norm.bias.view(side)
+        if self.weight is not None:
+            y = y * self.weight.view(side) + self.bias.view(side)
         return y * self.keep.view(side)
 
 
@@ -354,3 +355,39 @@ def assert_exact(
         for i, (g, w) in enumerate(zip(got, want, strict=True)):
             error = relative_error(g, w)
             assert error <= rtol, f"output {i} (grad {grad}): relative error {error:.3g} > {rtol:g}"
+
+
+def _gradients(model: nn.Module, inputs: Any) -> dict[str, Tensor | None]:
+    """Give every parameter's gradient of a fixed mixture of the outputs, in float64 and eval mode."""
+    model = copy.deepcopy(model).double().eval()
+    model.zero_grad()
+    with in_double():
+        outputs = [t for t in tensors_in(call(model, doubled(inputs))) if t.requires_grad]
+        loss = sum((t * torch.arange(1.0, t.numel() + 1).view(t.shape).cos()).sum() for t in outputs)
+        if isinstance(loss, Tensor):
+            loss.backward()
+    return {n: p.grad for n, p in model.named_parameters()}
+
+
+def assert_same_gradients(
+    dense: nn.Module,
+    pruned: nn.Module,
+    plan: Plan,
+    inputs: Any,
+    *,
+    rtol: float = 1e-8,
+    survivors: Survivors | None = None,
+) -> None:
+    """The pruned model learns as the twin's survivors would: equal gradients at the kept positions."""
+    table = _cuts_of(plan)
+    with without_fast_path():
+        want = _gradients(masked_twin(dense, plan, survivors), inputs)
+        got = _gradients(pruned, inputs)
+    largest = max((float(g.abs().max()) for g in want.values() if g is not None), default=0.0)
+    for name, gradient in want.items():
+        mine = got[name]
+        if gradient is None or mine is None:
+            assert gradient is mine, f"{name}: only one of the two models has a gradient"
+            continue
+        difference = float((slice_by(gradient, table.get(name, [])) - mine).abs().max())
+        assert difference <= rtol * largest, f"{name}: gradients differ by {difference:.3g} of {largest:.3g}"

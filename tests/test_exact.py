@@ -16,6 +16,7 @@ from nets_language import LANGUAGE_CASES
 from nets_other import OTHER_CASES
 from oracle import (
     assert_exact,
+    assert_same_gradients,
     assert_same_objects,
     masked_twin,
     relative_error,
@@ -73,6 +74,7 @@ def test_other_ratios_are_exact(case: Case, ratio: float) -> None:
     dense = copy.deepcopy(model)
     plan = prune(model, inputs, pruning_ratio=ratio)
     assert_exact(dense, model, plan, inputs, survivors=case.survivors)
+    assert_same_gradients(dense, model, plan, inputs, survivors=case.survivors)
 
 
 @pytest.mark.parametrize("case", CUTTING, ids=case_ids(CUTTING))
