@@ -1,0 +1,125 @@
+"""One rank of a DDP fit, started by test_ddp.py: ``python ddp_worker.py OUT VARIANT [CHECKPOINT]``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import warnings
+import weakref
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_prune import checkpoint
+from lightning_prune import callback as callbacks
+from lightning_prune.callback import StructuredPruning
+
+warnings.simplefilter("ignore")
+VARIANTS = {
+    "default": {},
+    "unused": {"find_unused_parameters": True},
+    "static": {"static_graph": True},
+    "views": {"gradient_as_bucket_view": True},
+    "spawn": {"start_method": "spawn"},
+    "unprepared": {"start_method": "spawn"},
+    "broken": {"find_unused_parameters": True},
+    "accumulated": {},
+    "raises": {},
+}
+
+
+class Net(LightningModule):
+    """Batch statistics differ between ranks, gradients do not."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.fc(self.bn(self.conv(x)).relu().mean(dim=(2, 3)))
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class Watch(StructuredPruning):
+    """Notes, at the start of every epoch, whether the ranks agree, and whether old DDP wrappers are gone."""
+
+    def __init__(self, out, **options):
+        super().__init__(0.5, start_epoch=1, every_n_epochs=1, iterative_steps=3, **options)
+        self.out, self.rows, self.old = out, [], None
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.old = weakref.ref(trainer.strategy.model)
+        super().on_train_epoch_start(trainer, pl_module)
+        self._note(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        super().on_train_epoch_end(trainer, pl_module)
+        self._note(trainer, pl_module)
+
+    def on_fit_end(self, trainer, pl_module):
+        if trainer.global_rank == 0:
+            Path(self.out).write_text(json.dumps(self.rows))
+
+    def _note(self, trainer, pl_module):
+        mine = hashlib.sha256(
+            b"".join(p.detach().numpy().tobytes() for p in pl_module.parameters())
+        ).hexdigest()
+        both = [None] * dist.get_world_size()
+        dist.all_gather_object(both, mine)
+        wrapped = isinstance(trainer.strategy.model, DistributedDataParallel)
+        gone = self.old() is None or self.old() is trainer.strategy.model
+        self.rows.append(
+            [trainer.current_epoch, len(set(both)) == 1, pl_module.conv.out_channels, wrapped, gone]
+        )
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(32, 3, 5, 5, generator=generator)
+    return DataLoader(TensorDataset(x, (x.mean(dim=(1, 2, 3)) > 0).long()), batch_size=4)
+
+
+def main(out, variant):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = Net()
+    if variant == "spawn":
+        checkpoint.prepare(model)
+    if variant == "broken":
+        callbacks.follow_cut = lambda *args: None
+    options = {"options": {"reg": 0.01, "importance": "random" if variant == "default" else "group_norm"}}
+    if variant == "raises":
+        options["options"]["importance"] = lambda group: 1 / 0
+    trainer = Trainer(
+        max_epochs=4,
+        accelerator="cpu",
+        devices=2,
+        strategy=DDPStrategy(**VARIANTS[variant]),
+        accumulate_grad_batches=2 if variant == "accumulated" else 1,
+        callbacks=[Watch(out, **options)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, data())
+    if variant == "spawn":
+        Path(f"{out}.main").write_text(json.dumps(list(trainer.lightning_module.conv.weight.shape)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,54 @@
+"""Two gloo processes: ranks hold the same bits after every cut, in every kind of DDP; sharded ones are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(300)]
+WORKER = Path(__file__).with_name("ddp_worker.py")
+
+
+def run(out, variant):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    command = [sys.executable, str(WORKER), str(out), variant]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+
+
+@pytest.mark.parametrize("variant", ["default", "unused", "static", "views", "accumulated", "spawn"])
+def test_ranks_agree_after_every_cut(tmp_path, variant):
+    done = run(tmp_path / "rows.json", variant)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [epoch for epoch, *_ in rows] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert all(agree for _, agree, *_ in rows)
+    assert [width for _, _, width, *_ in rows] == [8, 8, 7, 7, 5, 5, 4, 4]
+    assert all(wrapped for *_, wrapped, _ in rows)
+    assert all(gone for *_, gone in rows), "an old DDP wrapper is still alive"
+    if variant == "spawn":
+        assert json.loads((tmp_path / "rows.json.main").read_text()) == [4, 3, 3, 3]
+
+
+def test_without_rebuilding_the_wrapper_ranks_drift_apart(tmp_path):
+    """Guards the test above: it can fail."""
+    done = run(tmp_path / "rows.json", "broken")
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert not all(agree for _, agree, *_ in rows)
+
+
+def test_spawned_processes_need_a_prepared_model(tmp_path):
+    done = run(tmp_path / "rows.json", "unprepared")
+    assert done.returncode != 0
+    assert "call lightning_prune.prepare(model) before trainer.fit" in done.stderr
+
+
+def test_a_failure_on_rank_zero_ends_every_rank(tmp_path):
+    done = run(tmp_path / "rows.json", "raises")
+    assert done.returncode != 0
+    assert "ZeroDivisionError" in done.stderr
