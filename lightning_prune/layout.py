@@ -81,7 +81,7 @@ class Block:
         return (tensor if self.order is None else tensor.permute(self.order)).view(self.view)
 
     def sums(self, tensor: Tensor, scratch: Tensor, step: int) -> list[Tensor]:
-        """Sum the squares per position of every slot, in one pass; not for vectors, whose squares are the sums.
+        """Sum the squares per position of every slot, in one pass; a vector's squares are its sums already.
 
         Args:
             tensor: Seen through ``look``.
