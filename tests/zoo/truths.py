@@ -1,0 +1,60 @@
+"""Attributes that have to be true after a cut, compared with the shapes that they describe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from oracle import call
+from torch import Tensor, nn
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def false_attributes(dense: nn.Module, pruned: nn.Module, inputs: Any) -> list[str]:
+    """List what an attribute says that is not so."""
+    false = [f"{name}: {fault}" for name, module in pruned.named_modules() for fault in _layer(module)]
+    return false + _timm(dense, pruned, inputs)
+
+
+def _layer(module: nn.Module) -> list[str]:
+    pairs: list[tuple[str, int, int]] = []
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.Linear):
+        pairs = [("out_features", module.out_features, weight.shape[0]), ("in_features", module.in_features, weight.shape[1])]
+    elif isinstance(module, _CONVOLUTIONS):
+        inward = weight.shape[1] * module.groups
+        pairs = [("out_channels", module.out_channels, weight.shape[0]), ("in_channels", module.in_channels, inward)]
+    elif isinstance(module, nn.Embedding):
+        pairs = [("embedding_dim", module.embedding_dim, weight.shape[1])]
+    elif isinstance(module, nn.modules.batchnorm._NormBase) and isinstance(weight, Tensor):
+        pairs = [("num_features", module.num_features, len(weight))]
+    elif isinstance(module, nn.GroupNorm) and isinstance(weight, Tensor):
+        pairs = [("num_channels", module.num_channels, len(weight))]
+    elif isinstance(module, nn.LayerNorm) and isinstance(weight, Tensor):
+        return [] if tuple(module.normalized_shape) == tuple(weight.shape) else ["normalized_shape is not the weight's"]
+    return [f"{name} is {said}, the weight says {is_}" for name, said, is_ in pairs if said != is_]
+
+
+@torch.no_grad()
+def _timm(dense: Any, pruned: Any, inputs: Any) -> list[str]:
+    """``num_features`` names the channels of ``forward_features`` wherever it did before."""
+    if not (hasattr(dense, "forward_features") and hasattr(dense, "num_features")):
+        return []
+    shape = call(_Features(dense), inputs)
+    if not isinstance(shape, Tensor):
+        return []
+    at = [d for d, n in enumerate(shape.shape) if n == dense.num_features]
+    after = call(_Features(pruned), inputs).shape
+    if len(at) == 1 and after[at[0]] != pruned.num_features:
+        return [f"num_features is {pruned.num_features}, forward_features gives {list(after)}"]
+    return []
+
+
+class _Features(nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.forward_features(*args, **kwargs)
