@@ -121,9 +121,9 @@ def certify(before: Analysis, after: Analysis, keep: Bools, plan: Plan) -> None:
     if len(mixed):
         places = sorted({names[where[i]] for i in first[np.isin(unique[0], mixed)]})
         raise CertificateError(
-            f"The pruned model was to be a restriction of the original, but {len(np.unique(mixed))} of its couplings join "
-            f"channels that were apart, in {', '.join(places[:6])}. The cut was undone; add these layers to ignored_layers "
-            "and report the model, please."
+            f"The pruned model was to be a restriction of the original, but {len(np.unique(mixed))} of its "
+            f"couplings join channels that were apart, in {', '.join(places[:6])}. The cut was undone; add "
+            "these layers to ignored_layers and report the model, please."
         )
 
 
@@ -164,7 +164,7 @@ def _mapped(source: Ints, place: Place, kept: dict[tuple[str, int], Any]) -> Int
         table = np.stack([table[r if len(table) > 1 else 0][list(keep)] for r, keep in enumerate(rows)])
     if table.shape[1] != place.classes.shape[1]:
         raise CertificateError(
-            f"{place.tensor} dim {place.dim} has {place.classes.shape[1]} indices after the cut, {table.shape[1]} were planned. "
-            "The cut was undone."
+            f"{place.tensor} dim {place.dim} has {place.classes.shape[1]} indices after the cut, "
+            f"{table.shape[1]} were planned. The cut was undone."
         )
     return np.broadcast_to(table[: len(place.classes)] if len(table) > 1 else table, place.classes.shape)

@@ -13,6 +13,7 @@ from lightning_prune.analysis import Analysis
 from lightning_prune.errors import BudgetError
 from lightning_prune.groups import Group
 from lightning_prune.options import PruningOptions
+from lightning_prune.plan import Plan
 from lightning_prune.requests import Targets, demand
 from lightning_prune.selection import select
 
@@ -107,7 +108,7 @@ class Chooser:
         return keep, notes + picked.notes
 
     def _initial(self, i: int) -> int:
-        return max(int(round(self.initial[i])), self.analysis.groups[i].n_units)
+        return max(round(self.initial[i]), self.analysis.groups[i].n_units)
 
     def _living(self, alive: Bools) -> list[tuple[int, Group, Floats]]:
         """Groups other than heads, without the units that went with their heads."""
@@ -167,9 +168,9 @@ def meet_budget(
     margin = TOLERANCE * most if strict else float("inf")
     if least > wanted + margin:
         raise BudgetError(
-            f"budget {name}: {wanted / most:.3f} of {most} was asked, the structure of the model reaches {least / most:.3f} "
-            f"at best. Ask for at least {least / most:.3f}, or allow more: fewer ignored_layers, a higher max_pruning_ratio, "
-            "prune_num_heads=True."
+            f"budget {name}: {wanted / most:.3f} of {most} was asked, the structure of the model reaches "
+            f"{least / most:.3f} at best. Ask for at least {least / most:.3f}, or allow more: fewer "
+            "ignored_layers, a higher max_pruning_ratio, prune_num_heads=True."
         )
     best = high if abs(least - wanted) < abs(most - wanted) else low
     a, b = 0.0, 0.9999
@@ -183,3 +184,22 @@ def meet_budget(
             break
         a, b = (middle, b) if found > wanted else (a, middle)
     return best
+
+
+def kept_units(analysis: Analysis, plan: Plan) -> Bools:
+    """[n_units] True for units of which a plan keeps something in every member."""
+    cuts = {(c.tensor, c.dim): c for c in plan.cuts}
+    keep = np.ones(analysis.graph.n_units, bool)
+    for group in analysis.groups:
+        for m in group.members:
+            cut = cuts.get((m.tensor, m.dim))
+            lives = np.ones(m.rows * m.size, bool)
+            if cut is not None:
+                lives = np.zeros((cut.rows, cut.size), bool)
+                for r, kept in enumerate(cut.by_row()):
+                    lives[r, list(kept)] = True
+                lives = np.broadcast_to(lives, (m.rows, m.size)).ravel()
+            any_left = np.zeros(group.n_units, bool)
+            np.logical_or.at(any_left, m.unit, lives[m.index])
+            keep[group.units] &= any_left
+    return keep

@@ -223,7 +223,7 @@ class Constraints:
     def _solve_the_rest(
         self, e: Equation, count: Callable[[int], int], values: dict[int, int], known: set[int]
     ) -> None:
-        """Of several unknown attributes the first that can follow alone does; the others keep their values."""
+        """Of several unknown attributes the first that can follow alone does; the others stay."""
         target = e.value if e.target is None else count(e.target)
         if evaluate(e.expr, count, values) == target:
             return

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import breadth_first_order
 
 from lightning_prune.analysis import Analysis
 from lightning_prune.errors import OptionError
-from lightning_prune.tracing.labels import FROZEN, Ints, Ledger, along
+from lightning_prune.tracing.labels import FROZEN, Ints, along
 
 SHOWN = 8
 
@@ -96,7 +98,7 @@ def why_frozen(analysis: Analysis, atoms: Ints) -> str:
     return "it is a block that no attention head is, or is cut in two ways" if ledger.ands else "unknown"
 
 
-def _tree(analysis: Analysis):  # type: ignore[no-untyped-def]
+def _tree(analysis: Analysis) -> tuple[Ints, Callable[[int, int], str]]:
     """Breadth-first tree of reasons from the frozen atom."""
     ledger = analysis.graph.tracer.ledger
     left = np.concatenate([a for a, _, _ in ledger.ties])
@@ -112,7 +114,7 @@ def _tree(analysis: Analysis):  # type: ignore[no-untyped-def]
         (np.ones(len(left), np.int8), (left, right)), shape=(ledger.count, ledger.count)
     ).tocsr()
     _, previous = breadth_first_order(graph, FROZEN, directed=False, return_predecessors=True)
-    number = {}
+    number: dict[tuple[int, int], int] = {}
     for a, b, w in zip(left.tolist(), right.tolist(), why.tolist(), strict=True):
         number.setdefault((a, b), w)
         number.setdefault((b, a), w)
@@ -122,6 +124,3 @@ def _tree(analysis: Analysis):  # type: ignore[no-untyped-def]
         return "part of a split dimension" if w < 0 else ledger.explain(w)
 
     return previous, edge
-
-
-__all__ = ["Ledger", "explain", "why_frozen"]

@@ -50,51 +50,60 @@ class PruningOptions:
         _share("max_pruning_ratio", self.max_pruning_ratio, closed=True)
         _share("head_pruning_ratio", self.head_pruning_ratio)
         for name in ("pruning_ratio_dict", "head_pruning_ratio_dict"):
-            table = getattr(self, name)
-            if table is not None and not isinstance(table, Mapping):
-                raise OptionError(f"{name} must be a mapping {{name: ratio}}, got {type(table).__name__}")
-            for key, value in (table or {}).items():
-                _share(f"{name}[{key!r}]", value)
-        if self.round_to is not None and (not _is_int(self.round_to) or self.round_to < 1):
-            raise OptionError(
-                f"round_to must be a whole number >= 1 or None, got {self.round_to!r}; 8 keeps multiples of 8"
-            )
+            _shares(name, getattr(self, name))
         for name in ("global_pruning", "isomorphic", "prune_num_heads", "prune_head_dims", "include_bias"):
-            if not isinstance(getattr(self, name), bool):
-                raise OptionError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        for name, low, high in (("reg", 0.0, float("inf")), ("alpha", 0.0, 64.0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                raise OptionError(f"{name} must be a number in [{low:g}, {high:g}], got {value!r}")
-        if self.nan_policy not in ("raise", "skip", "zero"):
-            raise OptionError(f"nan_policy must be 'raise', 'skip' or 'zero', got {self.nan_policy!r}")
+            _one_of(name, getattr(self, name), (True, False))
+        _one_of("nan_policy", self.nan_policy, ("raise", "skip", "zero"))
+        _number("reg", self.reg, float("inf"))
+        _number("alpha", self.alpha, 64.0)
+        _multiple("round_to", self.round_to)
+        _callables(forward_fn=self.forward_fn, output_transform=self.output_transform)
         if isinstance(self.ignored_layers, str) or not isinstance(self.ignored_layers, Iterable):
             raise OptionError(
-                f"ignored_layers must be a list of modules, names, globs or types, got {self.ignored_layers!r}"
+                f"ignored_layers must be a list of modules, names, globs or types, "
+                f"got {self.ignored_layers!r}"
             )
-        for name in ("forward_fn", "output_transform"):
-            if getattr(self, name) is not None and not callable(getattr(self, name)):
-                raise OptionError(
-                    f"{name} must be callable or None, got {type(getattr(self, name)).__name__}"
-                )
         if self.budget is not None:
             check_budget(self.budget)
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _share(name: str, value: Any, *, closed: bool = False) -> None:
-    good = (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and (0 <= value < 1 or (closed and value == 1))
-    )
-    if not good:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not (0 <= value < 1 or (closed and value == 1)):
         raise OptionError(
-            f"{name} must be a number in [0, 1{']' if closed else ')'}, got {value!r}; 0.3 is 30 % of the units"
+            f"{name} must be a number in [0, 1{']' if closed else ')'}, got {value!r}; "
+            "0.3 is 30 % of the units"
         )
+
+
+def _shares(name: str, table: Any) -> None:
+    if table is not None and not isinstance(table, Mapping):
+        raise OptionError(f"{name} must be a mapping {{name: ratio}}, got {type(table).__name__}")
+    for key, value in (table or {}).items():
+        _share(f"{name}[{key!r}]", value)
+
+
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if not any(type(value) is type(a) and value == a for a in allowed):
+        raise OptionError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _number(name: str, value: Any, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= high:
+        raise OptionError(f"{name} must be a number in [0, {high:g}], got {value!r}")
+
+
+def _multiple(name: str, value: Any) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise OptionError(
+            f"{name} must be a whole number >= 1 or None, got {value!r}; 8 keeps multiples of 8"
+        )
+
+
+def _callables(**given: Any) -> None:
+    for name, value in given.items():
+        if value is not None and not callable(value):
+            raise OptionError(f"{name} must be callable or None, got {type(value).__name__}")
 
 
 def check_budget(budget: Mapping[str, float]) -> dict[str, float]:

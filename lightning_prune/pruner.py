@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.analysis import Analysis, analyse, certify
-from lightning_prune.choosing import Choice, Chooser, living_units, meet_budget
+from lightning_prune.choosing import Choice, Chooser, kept_units, living_units, meet_budget
 from lightning_prune.errors import OptionError, PruneError, StaleGraphError
 from lightning_prune.explaining import explain
 from lightning_prune.groups import Group
@@ -22,7 +22,7 @@ from lightning_prune.options import PruningOptions, check_budget
 from lightning_prune.plan import Plan
 from lightning_prune.ranking import rank
 from lightning_prune.regularizer import Regularizer
-from lightning_prune.requests import Targets, check_counts, check_ratio, key, targets
+from lightning_prune.requests import Targets, check_counts, check_ratio, key, targets, unwrapped
 from lightning_prune.schedules import resolve
 from lightning_prune.surgery import Snapshot, apply
 
@@ -60,7 +60,7 @@ class GroupNormPruner:
     )
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the field's keyword list, so that moving over is one changed import
         self,
         model: nn.Module,
         example_inputs: Any,
@@ -170,7 +170,8 @@ class GroupNormPruner:
         self._refuse_stale()
         if any(p.is_meta for p in self.model.parameters()):
             raise PruneError(
-                "The model is on the meta device and has no weights to cut. Use step(dry_run=True), or load weights first."
+                "The model is on the meta device and has no weights to cut. Use step(dry_run=True), "
+                "or load weights first."
             )
         if plan:
             before = self._analysis
@@ -185,8 +186,8 @@ class GroupNormPruner:
                 snapshot.restore()
                 raise
             self._forget_heads(before, plan)
-            self._adopt(after)
             self.plan = self.plan.then(plan)
+            self._adopt(after)
         self.current_step += 1
         self._regularizer = None
         return plan
@@ -305,8 +306,8 @@ class GroupNormPruner:
         for name, tensor in self._tensors():
             if self._shapes.get(name) != tensor.shape:
                 raise StaleGraphError(
-                    f"{name} has shape {list(tensor.shape)}, the graph was traced with {list(self._shapes.get(name, ()))}. "
-                    "Make a new pruner after changing the model."
+                    f"{name} has shape {list(tensor.shape)}, the graph was traced with "
+                    f"{list(self._shapes.get(name, ()))}. Make a new pruner after changing the model."
                 )
 
     def _targets(self, ratio: float) -> Targets:
@@ -373,59 +374,3 @@ class GroupNormPruner:
         if self._goal.locked.all():
             return "ignored_layers covers every unit."
         return "; ".join(self.notes) or "the ratio of this step rounds to no unit in any group."
-
-
-def kept_units(analysis: Analysis, plan: Plan) -> Bools:
-    """[n_units] True for units of which a plan keeps every position of the first member, cells beside dead heads too."""
-    cuts = {(c.tensor, c.dim): c for c in plan.cuts}
-    keep = np.ones(analysis.graph.n_units, bool)
-    for group in analysis.groups:
-        for m in group.members:
-            cut = cuts.get((m.tensor, m.dim))
-            lives = np.ones(m.rows * m.size, bool)
-            if cut is not None:
-                lives = np.zeros((cut.rows, cut.size), bool)
-                for r, kept in enumerate(cut.by_row()):
-                    lives[r, list(kept)] = True
-                lives = np.broadcast_to(lives, (m.rows, m.size)).ravel()
-            any_left = np.zeros(group.n_units, bool)
-            np.logical_or.at(any_left, m.unit, lives[m.index])
-            keep[group.units] &= any_left
-    return keep
-
-
-def unwrapped(model: nn.Module, given: Any) -> Callable[..., None] | None:
-    """Channel dimensions of bare parameters as the user names them: every other dimension stays.
-
-    Raises:
-        OptionError: If a parameter or a dimension does not exist.
-    """
-    if not given:
-        return None
-    pairs = list(given.items()) if isinstance(given, Mapping) else list(given)
-    names = {id(p): n for n, p in model.named_parameters()}
-    table: dict[str, int] = {}
-    for what, dim in pairs:
-        name = what if isinstance(what, str) else names.get(id(what))
-        parameters = dict(model.named_parameters())
-        if name not in parameters:
-            raise OptionError(
-                f"unwrapped_parameters: {what if isinstance(what, str) else 'a tensor'} is no parameter of the model; name one of {list(parameters)[:8]}"
-            )
-        if (
-            isinstance(dim, bool)
-            or not isinstance(dim, int)
-            or not -parameters[name].ndim <= dim < parameters[name].ndim
-        ):
-            raise OptionError(
-                f"unwrapped_parameters: {name} has {parameters[name].ndim} dimensions, dim {dim!r} is none of them"
-            )
-        table[name] = dim % parameters[name].ndim
-
-    def prepare(tracer: Any, twin: nn.Module) -> None:
-        for name, dim in table.items():
-            for d, label in enumerate(tracer.leaves[name]):
-                if d != dim:
-                    tracer.freeze(label, f"unwrapped_parameters says that dim {dim} carries the channels")
-
-    return prepare

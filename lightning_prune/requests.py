@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,7 +115,8 @@ def _apply_table(
         ]
         if not hit:
             raise EmptyGroupError(
-                f"{option}: {what!r} holds no prunable {'head' if heads else 'unit'}; explain(name, dim) says why its dimensions stay."
+                f"{option}: {what!r} holds no prunable {'head' if heads else 'unit'}; "
+                "explain(name, dim) says why its dimensions stay."
             )
         together = isinstance(what, tuple) or options.global_pruning or options.isomorphic
         for i in hit:
@@ -172,9 +173,10 @@ def check_counts(analysis: Analysis, options: PruningOptions) -> None:
             names = tensors_named(analysis.model, what, option)
             found = _rows_found(analysis, names)
             if int(asked) != found:
+                shown = what if isinstance(what, str) else type(what).__name__
                 raise OptionError(
-                    f"{option}: {asked} was given for {what if isinstance(what, str) else type(what).__name__}, the trace found "
-                    f"{found}. Leave the option out, it is inferred."
+                    f"{option}: {asked} was given for {shown}, the trace found {found}. "
+                    "Leave the option out, it is inferred."
                 )
 
 
@@ -199,3 +201,43 @@ def _rows_found(analysis: Analysis, tensors: frozenset[str]) -> int:
         if owners is not None and classes & reached - {0}:
             return len(rows)
     return 1
+
+
+def unwrapped(model: nn.Module, given: Any) -> Callable[..., None] | None:
+    """Channel dimensions of bare parameters as the user names them: every other dimension stays.
+
+    Raises:
+        OptionError: If a parameter or a dimension does not exist.
+    """
+    if not given:
+        return None
+    pairs = list(given.items()) if isinstance(given, Mapping) else list(given)
+    names = {id(p): n for n, p in model.named_parameters()}
+    table: dict[str, int] = {}
+    for what, dim in pairs:
+        name = what if isinstance(what, str) else names.get(id(what))
+        parameters = dict(model.named_parameters())
+        if name not in parameters:
+            shown = what if isinstance(what, str) else "a tensor"
+            raise OptionError(
+                f"unwrapped_parameters: {shown} is no parameter of the model; "
+                f"name one of {list(parameters)[:8]}"
+            )
+        if (
+            isinstance(dim, bool)
+            or not isinstance(dim, int)
+            or not -parameters[name].ndim <= dim < parameters[name].ndim
+        ):
+            raise OptionError(
+                f"unwrapped_parameters: {name} has {parameters[name].ndim} dimensions, "
+                f"dim {dim!r} is none of them"
+            )
+        table[name] = dim % parameters[name].ndim
+
+    def prepare(tracer: Any, twin: nn.Module) -> None:
+        for name, dim in table.items():
+            for d, label in enumerate(tracer.leaves[name]):
+                if d != dim:
+                    tracer.freeze(label, f"unwrapped_parameters says that dim {dim} carries the channels")
+
+    return prepare

@@ -16,8 +16,9 @@ from lightning_prune.tracing.tracer import Tracer
 
 
 @rule(
-    "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
-    "_batch_norm_with_update", "_native_batch_norm_legit.no_stats", "batch_norm", "instance_norm",
+    "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
+    "cudnn_batch_norm", "_batch_norm_with_update", "_native_batch_norm_legit.no_stats", "batch_norm",
+    "instance_norm",
 )  # fmt: skip
 def channel_norm(t: Tracer, a: Arguments, out: Any) -> None:
     """One mean and variance per channel: dimension 1 ties with all per-channel tensors."""

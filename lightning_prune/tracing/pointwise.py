@@ -16,9 +16,10 @@ _ZERO: dict[Any, bool] = {}
 
 # The first stands for all operations that torch itself tags as pointwise; these it forgot.
 @rule(
-    "pointwise", "masked_fill", "copy", "lerp", "threshold", "nan_to_num", "bernoulli", "_to_copy", "native_dropout",
-    "hardswish", "_prelu_kernel", "log_sigmoid_forward", "floor_divide", "fill", "zero", "conj", "real", "imag",
-    "polar", "complex", "isclose", "alpha_dropout", "uniform", "normal", "exponential", "type_as",
+    "pointwise", "masked_fill", "copy", "lerp", "threshold", "nan_to_num", "bernoulli", "_to_copy",
+    "native_dropout", "hardswish", "_prelu_kernel", "log_sigmoid_forward", "floor_divide", "fill",
+    "zero", "conj", "real", "imag", "polar", "complex", "isclose", "alpha_dropout", "uniform", "normal",
+    "exponential", "type_as",
 )  # fmt: skip
 def pointwise(t: Tracer, a: Arguments, out: Any) -> None:
     """Tie what meets; the result carries the labels."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from lightning_prune.tracing.tracer import Tracer, Unknown
 Arguments: TypeAlias = Mapping[str, Any]
 Rule: TypeAlias = Callable[[Tracer, Arguments, Any], None]
 FunctionRule: TypeAlias = Callable[..., Any]
+F = TypeVar("F", bound=FunctionRule)
 
 RULES: dict[str, Rule] = {}
 FUNCTIONS: dict[Any, FunctionRule] = {}
@@ -43,10 +44,10 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def function_rule(*functions: Any) -> Callable[[FunctionRule], FunctionRule]:
+def function_rule(*functions: Any) -> Callable[[F], F]:
     """Register a rule for Python-visible functions: ``rule(t, func, *args, **kwargs) -> result``."""
 
-    def register(function: FunctionRule) -> FunctionRule:
+    def register(function: F) -> F:
         for target in functions:
             if target in FUNCTIONS:
                 raise RuntimeError(f"duplicate rule for {target}")
