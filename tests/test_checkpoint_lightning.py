@@ -1,4 +1,4 @@
-"""Checkpoints of a pruned fit: resuming to the same bits, testing, loading by class, averaged copies, best epochs."""
+"""Checkpoints of a pruned fit: resuming to the same bits, loading anywhere, averaged copies, best epochs."""
 
 from __future__ import annotations
 

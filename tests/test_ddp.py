@@ -1,4 +1,4 @@
-"""Two gloo processes: ranks hold the same bits after every cut, in every kind of DDP; sharded ones are refused."""
+"""Two gloo processes: ranks hold the same bits after every cut, in every kind of DDP."""
 
 from __future__ import annotations
 
