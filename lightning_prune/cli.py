@@ -21,6 +21,7 @@ import hydra
 import numpy as np
 from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import env_override
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from hydra.utils import instantiate
@@ -31,7 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lightning_prune.callback import StructuredPruning
 from lightning_prune.cost import measure_cost
 from lightning_prune.errors import OptionError, PruneError
-from lightning_prune.example_inputs import Example, from_array
+from lightning_prune.example_inputs import Example, from_array, one_sample
 from lightning_prune.groups import Group
 from lightning_prune.plan import Plan
 from lightning_prune.pruner import GroupNormPruner
@@ -142,12 +143,12 @@ def _print_plan(cfg: DictConfig) -> None:
     print("\nWhat stays whole, and why:", *_frozen(pruner), sep="\n  ")
     before, after = pruner.model, copy.deepcopy(pruner.model)
     apply(after, plan)
-    example = Example.of(from_array(model, callback.module))
+    example = one_sample(Example.of(from_array(model, callback.module)))
     dense, pruned = (measure_cost(m, example.inputs, forward_fn=example.forward_fn) for m in (before, after))
     for name in ("macs", "parameters"):
         was, will = getattr(dense, name), getattr(pruned, name)
         print(f"{name:>12}  {was:,} -> {will:,} ({will / was:.1%})")
-    print(*pruner.notes, sep="\n")
+    print(*pruner.notes, sep="\n", end="")
 
 
 def units_left(group: Group, plan: Plan) -> int:
@@ -183,7 +184,7 @@ def _frozen(pruner: GroupNormPruner) -> Iterator[str]:
 def _answer(run: Callable[[], None]) -> int:
     """Call ``run``; whatever the user can mend becomes one message instead of a traceback."""
     wants_traceback = os.environ.get(FULL_ERROR) == "1"
-    with _environment(FULL_ERROR, "1"):  # Hydra then hands errors on instead of printing them itself
+    with env_override({FULL_ERROR: "1"}):  # Hydra then hands errors on instead of printing them itself
         try:
             run()
         except KeyboardInterrupt as stop:
@@ -196,18 +197,6 @@ def _answer(run: Callable[[], None]) -> int:
             print(_explain(error), file=sys.stderr)
             return 1
     return 0
-
-
-@contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before
 
 
 def _explain(error: BaseException) -> str:
@@ -234,21 +223,18 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 @hydra.main(version_base="1.3", config_path=f"pkg://{CONF}", config_name=PRIMARY)
 def _train(cfg: DictConfig) -> float:
     """Do one run; what it returns is for sweepers."""
+    has_begun = False
     try:
         _let_ratio_win(cfg, HydraConfig.get().overrides.task)
         _rehearse(cfg)
-    except USER_ERRORS as error:
-        _discard(Path(HydraConfig.get().runtime.output_dir))
-        raise _past_hydra(error) from error
-    try:
+        has_begun = True
         return _run(cfg)
-    except PruneError as error:
-        raise _past_hydra(error) from error
-
-
-def _past_hydra(error: Exception) -> BaseException:
-    """Wrap the error of a single run; in a sweep Hydra's line says which job it was."""
-    return Refused(error) if HydraConfig.get().mode == RunMode.RUN else error
+    except USER_ERRORS as error:
+        if not has_begun:
+            _discard(Path(HydraConfig.get().runtime.output_dir))
+        if HydraConfig.get().mode == RunMode.RUN:
+            raise Refused(error) from error
+        raise  # in a sweep, Hydra's line says which job it was
 
 
 def _let_ratio_win(cfg: DictConfig, overrides: Sequence[str]) -> None:
@@ -300,12 +286,13 @@ def _run(cfg: DictConfig) -> float:
             if twin is not None:
                 callback.report.compare_with(twin, dense_is=TWIN)
         _fit(trainer, model, data, ckpt_path=cfg.ckpt_path)
+        tuned = _tuned(trainer, cfg.tuned_metric)
         if not cfg.pruning:
-            trainer.test(model, datamodule=data, ckpt_path=None)
+            trainer.test(model, datamodule=data)
     name = "pruned.ckpt" if cfg.pruning else "trained.ckpt"
     trainer.save_checkpoint(Path(cfg.run_dir) / name, weights_only=True)
     log.info("Everything is in %s", cfg.run_dir)
-    return _tuned(trainer, cfg.tuned_metric)
+    return tuned
 
 
 def _dense_twin(cfg: DictConfig) -> LightningModule:
@@ -326,6 +313,7 @@ def _known_warnings() -> Iterator[None]:
             ".*does not have many workers",  # the demo's images lie in memory
             ".*LeafSpec",  # Lightning 2.6 on torch 2.13
             "Experiment logs directory .* exists",  # made by Hydra a moment ago
+            "The dirpath has changed",  # a run that goes on has a folder of its own
         ):
             warnings.filterwarnings("ignore", message=text)
         yield
@@ -344,7 +332,8 @@ def _fit(
     except SystemExit:
         if not trainer.interrupted:
             raise
-        last = getattr(trainer.checkpoint_callback, "last_model_path", "")
+        keeper = trainer.checkpoint_callback
+        last = getattr(keeper, "last_model_path", "") or getattr(keeper, "best_model_path", "")
         kept = (
             f"go on from the last checkpoint with ckpt_path={last}"
             if last

@@ -81,7 +81,7 @@ class Classifier(LightningModule):
         loss: Tensor = self.loss(logits, labels)
         self.train_acc(logits, labels)
         self.log("train/loss", loss, on_step=False, on_epoch=True)
-        self.log("train/acc", self.train_acc, on_step=False, on_epoch=True)
+        self.log("train/acc", self.train_acc, on_step=False, on_epoch=True, metric_attribute="train_acc")
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -97,7 +97,7 @@ class Classifier(LightningModule):
         logits = self(images)
         accuracy(logits, labels)
         self.log(f"{part}/loss", cross_entropy(logits, labels))
-        self.log(f"{part}/acc", accuracy, prog_bar=True)
+        self.log(f"{part}/acc", accuracy, prog_bar=True, metric_attribute=f"{part}_acc")
 
     def configure_optimizers(self) -> Any:
         """Give AdamW and, for "cosine", a learning rate that changes after every step."""
