@@ -21,9 +21,19 @@ class InDouble(TorchFunctionMode):
     """Language models cast norms, softmax and rotations to float32: here they stay in float64."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._grouped_mm:
+            return _grouped_product(*args, **(kwargs or {}))
         kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
         args = tuple(torch.float64 if a is torch.float32 else a for a in args)
         return func(*args, **kwargs) if func is not Tensor.float else args[0].double()
+
+
+def _grouped_product(x: Tensor, weight: Tensor, *, offs: Tensor, **_: Any) -> Tensor:
+    """Rows up to ``offs[i]`` meet ``weight[i]``; torch has no float64 kernel for it."""
+    starts = [0, *offs.tolist()[:-1]]
+    parts = [x[a:b] @ w for a, b, w in zip(starts, offs.tolist(), weight, strict=True)]
+    rest = x.new_zeros(len(x) - sum(len(p) for p in parts), weight.shape[2])
+    return torch.cat([*parts, rest])
 
 
 class Survivors(TorchFunctionMode):
@@ -128,6 +138,8 @@ def adapt(twin: nn.Module, plan: Plan) -> None:
     """Let the hand-written norms of a twin see survivors alone, and zero what the plain oracle leaves."""
     masks = masks_of(twin, plan)
     for name, module in list(twin.named_modules()):
+        if type(module).__name__ == "_WeightNorm" and module.dim not in (0, -1):
+            _zero_direction(twin.get_submodule(name.rpartition(".")[0]), masks)
         rule = next((r for kind, r in _CLASSES.items() if type(module).__name__.endswith(kind)), None)
         weight = getattr(module, "weight", None)
         keep = masks.get(id(weight))
@@ -152,6 +164,26 @@ def _gemma(module: nn.Module, keep: Tensor) -> nn.Module:
     assert isinstance(module.weight, Tensor)
     out.weight = nn.Parameter((1 + module.weight) * keep)
     return out
+
+
+@torch.no_grad()
+def _zero_direction(parametrised: Any, masks: Mapping[int, Tensor]) -> None:
+    """Weight norm along another dimension than that of the rows: a removed row is part of every length."""
+    v = parametrised.original1
+    if id(v) in masks:
+        v.masked_fill_(~masks[id(v)], 0.0)
+
+
+class _Rms2d(nn.Module):
+    """Root mean square over the channels of images."""
+
+    def __init__(self, norm: nn.Module, keep: Tensor) -> None:
+        super().__init__()
+        self.inner = _rms(norm, keep)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x.movedim(1, -1)).movedim(-1, 1)
+        return out
 
 
 class _Response(nn.Module):
@@ -196,6 +228,7 @@ _CLASSES: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
     "Gemma2RMSNorm": _gemma,
     "Gemma3RMSNorm": _gemma,
     "RMSNorm": _rms,
+    "RmsNorm2d": _Rms2d,
     "T5LayerNorm": _rms,
     "GlobalResponseNorm": _Response,
     "StdConv2d": _Standardised,

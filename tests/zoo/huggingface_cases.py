@@ -157,12 +157,7 @@ def transformers() -> Any:
 
 def _build(config: str, model: str, sizes: dict[str, Any]) -> nn.Module:
     library = transformers()
-    given = getattr(library, config)(**sizes)
-    given._attn_implementation = "sdpa" if model not in _EAGER else "eager"
-    return getattr(library, model)(given)
-
-
-_EAGER: tuple[str, ...] = ()
+    return getattr(library, model)(getattr(library, config)(**sizes))
 
 
 def _ids() -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -14,7 +15,25 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def false_attributes(dense: nn.Module, pruned: nn.Module, inputs: Any) -> list[str]:
     """List what an attribute says that is not so."""
     false = [f"{name}: {fault}" for name, module in pruned.named_modules() for fault in _layer(module)]
-    return false + _timm(dense, pruned, inputs)
+    return false + _timm(dense, pruned, inputs) + _config(dense, pruned)
+
+
+def _config(dense: Any, pruned: Any) -> list[str]:
+    """A Hugging Face model can be built again from its ``config``, with the very shapes."""
+    config = getattr(pruned, "config", None)
+    if config is None or not hasattr(config, "to_dict"):
+        return []
+    try:
+        with torch.device("meta"):
+            again = type(pruned)(copy.deepcopy(config))
+    except Exception as error:  # whatever a wrong config leads to
+        return [f"config builds no model: {type(error).__name__}: {error}"]
+    want = {n: tuple(p.shape) for n, p in again.named_parameters()}
+    return [
+        f"config says {list(want.get(n, ()))} for {n}, it is {list(p.shape)}"
+        for n, p in pruned.named_parameters()
+        if want.get(n) != tuple(p.shape)
+    ]
 
 
 def _layer(module: nn.Module) -> list[str]:

@@ -25,6 +25,7 @@ from zoo.judge import Verdict, judge
 from zoo.operators import import_torchvision
 
 _LIBRARIES = {
+    "hard_ops": ("scipy.optimize", "scipy.sparse.csgraph"),
     "timm": ("timm",),
     "huggingface": ("transformers.modeling_utils", "transformers.generation.utils", "transformers.pytorch_utils"),
 }
