@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -338,6 +339,11 @@ class StructuredPruning(Callback):
         with eager(pl_module):
             data = decide_on_rank_zero(trainer, lambda: pruner.step(dry_run=True).as_dict())
             plan = Plan.from_dict(data)
+            if not plan and self.pruning_ratio:
+                rank_zero_warn(
+                    f"the cut of epoch {trainer.current_epoch} removes nothing {list(pruner.notes)}; "
+                    "callback.pruner.explain(name, dim) says why a dimension stays"
+                )
             pruner.commit(plan, optimizers=trainer.optimizers)
             for root in averaged_copies(trainer):
                 apply(self._target(root), plan)

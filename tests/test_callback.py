@@ -159,6 +159,11 @@ def test_should_prune_can_be_overridden():
     assert model.net.conv.out_channels == CHANNELS // 2
 
 
+def test_a_cut_that_removes_nothing_is_pointed_out():
+    with pytest.warns(UserWarning, match=r"cut of epoch 1 removes nothing.*explain\(name, dim\)"):
+        fit(build(), Quiet(0.5, options={"ignored_layers": ["*"]}))
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -188,27 +193,26 @@ def test_a_second_fit_goes_on_with_the_pruned_network_and_cuts_no_further():
 
 
 def test_the_callback_leaves_random_states_and_loaders_alone():
-    """A run whose callback never cuts nor regularises equals one without it, shuffling included."""
+    """A run whose callback never cuts nor regularises equals one without it, whatever is random in it."""
+
+    class Noisy(TensorDataset):
+        def __getitem__(self, index):
+            x, y = super().__getitem__(index)
+            return x + torch.rand(()) * 0.1, y
+
+    class Dropped(Plain):
+        def forward(self, x):
+            return super().forward(nn.functional.dropout(x, training=self.training))
 
     def run(*callbacks):
-        model, loader = build(), data()
+        model, dataset = build(Dropped), Noisy(*data().dataset.tensors)
         torch.manual_seed(3)
-        fit(model, *callbacks, loader=DataLoader(loader.dataset, batch_size=4, shuffle=True))
+        fit(model, *callbacks, loader=DataLoader(dataset, batch_size=4, shuffle=True))
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
-    class Never(Quiet):
-        def on_train_epoch_start(self, trainer, pl_module):
-            if self.pruner is None:  # as for a cut at epoch 0
-                from lightning_prune import example_inputs
-
-                self._build_from_batch(trainer, pl_module, example_inputs.take_batch(trainer, pl_module))
-            super().on_train_epoch_start(trainer, pl_module)
-
-        def should_prune(self, epoch):
-            return False
-
-    assert torch.equal(run(), run(Never(sparse_start_epoch=9)))
-    assert torch.equal(run(), run(Never(sparse_start_epoch=9, options={"reg": 1.0})))
+    alone = run()
+    assert torch.equal(alone, run(Quiet(0.5, start_epoch=9, sparse_start_epoch=9)))
+    assert torch.equal(alone, run(Quiet(0.0, start_epoch=0)))  # looks at a batch before epoch 0
 
 
 @pytest.mark.parametrize("policy", ["raise", "skip", "zero"])

@@ -55,6 +55,18 @@ class Manual(Automatic):
             optimizer.step()
 
 
+class Together(Manual):
+    """One backward pass, then two steps: no gradient may get its penalty twice."""
+
+    def training_step(self, batch, batch_idx):
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss + penalty(self.net) if self.explicit else loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+
 def half():
     return {"plugins": MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))}
 
@@ -73,6 +85,7 @@ CASES = {
     "no loss, last of two": (Automatic, {"skip": (3,)}, lambda: {"accumulate_grad_batches": 2}, 1e-6),
     "manual": (Manual, {}, dict, 1e-6),
     "fp16 manual": (Manual, {}, half, 1e-5),
+    "manual, one backward": (Together, {}, dict, 1e-6),
 }
 
 

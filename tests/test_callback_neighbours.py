@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from test_callback import CHANNELS, Net, NoForward, Plain, Quiet, build, data, fit, pytestmark  # noqa: F401
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
+from torchmetrics import Metric
 
 from lightning_prune import example_inputs
 from lightning_prune.errors import OptionError, StrategyError, TraceError
@@ -79,6 +80,34 @@ def test_a_teacher_outside_the_named_module_stays_whole():
     model = build(Pair)
     fit(model, Quiet(0.5, module="net"))
     assert (model.net.conv.out_channels, model.other.conv.out_channels) == (HALF, CHANNELS)
+
+
+def test_a_network_inside_a_metric_stays_whole():
+    class Distance(Metric):
+        def __init__(self):
+            super().__init__()
+            self.net = Net()
+            self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+
+        def update(self, x):
+            self.total += self.net(x).mean().detach()
+
+        def compute(self):
+            return self.total
+
+    class Measured(NoForward):
+        def __init__(self):
+            super().__init__()
+            self.metric = Distance()
+
+        def training_step(self, batch, batch_idx):
+            self.metric.update(batch[0])
+            self.metric(batch[0])
+            return super().training_step(batch, batch_idx)
+
+    model = build(Measured)
+    fit(model, Quiet(0.5))
+    assert (model.net.conv.out_channels, model.metric.net.conv.out_channels) == (HALF, CHANNELS)
 
 
 class Adversaries(NoForward):

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_prune.checkpoint import fit_to_checkpoint, load_pruned_state, manifests, prepare, record
 from lightning_prune.errors import CheckpointMismatchError
-from lightning_prune.plan import Cut, Plan, Rewrite
+from lightning_prune.plan import Cut, Patch, Plan, Rewrite
 from lightning_prune.structure import plan_of
 from lightning_prune.surgery import apply
 
@@ -164,6 +164,28 @@ def test_another_plan_is_taken_on_from_a_pruned_model():
     model.load_state_dict(single.state_dict())
     assert torch.equal(model(X), single(X))
     assert model.conv.out_channels == 1
+
+
+def test_a_replaced_computation_is_taken_on_and_taken_back():
+    def attention():
+        return nn.MultiheadAttention(4, 2, batch_first=True).eval()
+
+    rows, tokens = (0, 2, 4, 6, 8, 10), torch.randn(1, 3, 4)
+    cuts = (
+        Cut("in_proj_weight", 0, 12, rows),
+        Cut("in_proj_bias", 0, 12, rows),
+        Cut("out_proj.weight", 1, 4, (0, 2)),
+    )
+    values = (("num_heads", 2), ("head_dim", 1), ("v_head_dim", 1), ("scale", 2**-0.5))
+    sizes = (("in_proj_bias", (12,)), ("in_proj_weight", (12, 4)), ("out_proj.weight", (4, 4)))
+    plan = Plan(cuts, patches=(Patch("", "attention", values),), sizes=sizes)
+    model, other, dense = attention(), attention(), attention()
+    apply(model, plan)
+    record(model, plan)
+    load_pruned_state(other, through_a_file(model.state_dict()))
+    assert torch.equal(other(tokens, tokens, tokens)[0], model(tokens, tokens, tokens)[0])
+    other.load_state_dict(dense.state_dict())
+    assert torch.equal(other(tokens, tokens, tokens)[0], dense(tokens, tokens, tokens)[0])
 
 
 def test_copies_and_pickles_of_a_pruned_model_still_carry_it():
