@@ -285,7 +285,7 @@ def _run(cfg: DictConfig) -> float:
             callback.report.config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
             if twin is not None:
                 callback.report.compare_with(twin, dense_is=TWIN)
-        _fit(trainer, model, data, ckpt_path=cfg.ckpt_path)
+        _fit(trainer, model, data, cfg.ckpt_path, "go on from the last checkpoint with ckpt_path={}")
         tuned = _tuned(trainer, cfg.tuned_metric)
         if not cfg.pruning:
             trainer.test(model, datamodule=data)
@@ -301,7 +301,7 @@ def _dense_twin(cfg: DictConfig) -> LightningModule:
     twin = copy.deepcopy(cfg)
     twin.run_dir, twin.pruning = f"{cfg.run_dir}/dense", {}
     model, data, trainer = _build(twin)
-    _fit(trainer, model, data, ckpt_path=None)
+    _fit(trainer, model, data, None, "the last checkpoint of the dense twin is {}")
     return model
 
 
@@ -324,7 +324,7 @@ def _prunings(trainer: Trainer) -> list[StructuredPruning]:
 
 
 def _fit(
-    trainer: Trainer, model: LightningModule, data: LightningDataModule, *, ckpt_path: str | None
+    trainer: Trainer, model: LightningModule, data: LightningDataModule, ckpt_path: str | None, advice: str
 ) -> None:
     """Train; Lightning turns Ctrl-C into an exit with code 1, which is turned back here."""
     try:
@@ -334,12 +334,8 @@ def _fit(
             raise
         keeper = trainer.checkpoint_callback
         last = getattr(keeper, "last_model_path", "") or getattr(keeper, "best_model_path", "")
-        kept = (
-            f"go on from the last checkpoint with ckpt_path={last}"
-            if last
-            else "no checkpoint was written yet"
-        )
-        raise Stopped(f"Stopped in epoch {trainer.current_epoch}; {kept}") from None
+        rest = advice.format(last) if last else "no checkpoint was written yet."
+        raise Stopped(f"Stopped in epoch {trainer.current_epoch}; {rest}") from None
 
 
 def _tuned(trainer: Trainer, name: str) -> float:
