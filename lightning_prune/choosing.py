@@ -60,6 +60,8 @@ class Chooser:
             goal: Scopes and locks.
             ratios: [n_groups] share of the initial units to be gone after this step.
         """
+        if not self.analysis.groups:
+            return Choice(np.ones(0, bool))
         locked = goal.locked.copy()
         for _ in range(ATTEMPTS):
             keep, notes = self._once(goal, ratios, locked)

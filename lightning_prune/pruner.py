@@ -22,7 +22,7 @@ from lightning_prune.options import PruningOptions, check_budget
 from lightning_prune.plan import Plan
 from lightning_prune.ranking import rank
 from lightning_prune.regularizer import Regularizer
-from lightning_prune.requests import Targets, check_counts, check_ratio, key, targets, unwrapped
+from lightning_prune.requests import Targets, check_counts, check_custom, check_ratio, key, targets, unwrapped
 from lightning_prune.schedules import resolve
 from lightning_prune.surgery import Snapshot, apply
 
@@ -114,6 +114,7 @@ class GroupNormPruner:
         self._initial: dict[str, float] = {}
         self._dense: dict[str, int] = {}
         self._regularizer: Regularizer | None = None
+        check_custom(model, customized_pruners)
         self._adopt(self._analyse())
         check_counts(self._analysis, self.options)
         self._goal = self._targets(self.pruning_ratio)

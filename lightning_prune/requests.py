@@ -13,7 +13,7 @@ from torch import nn
 from lightning_prune.analysis import Analysis
 from lightning_prune.errors import EmptyGroupError, OptionError
 from lightning_prune.groups import Group
-from lightning_prune.naming import tensors_named
+from lightning_prune.naming import is_named, tensors_named
 from lightning_prune.options import PruningOptions
 from lightning_prune.selection import Demand, Pool
 
@@ -178,6 +178,21 @@ def check_counts(analysis: Analysis, options: PruningOptions) -> None:
                     f"{option}: {asked} was given for {shown}, the trace found {found}. "
                     "Leave the option out, it is inferred."
                 )
+
+
+def check_custom(model: nn.Module, custom: Any) -> None:
+    """Every key of ``customized_pruners`` names a module, a name, a glob or a type of the model.
+
+    Raises:
+        OptionError: If it is no mapping, or a key matches nothing.
+    """
+    if custom is not None and not isinstance(custom, Mapping):
+        raise OptionError(
+            f"customized_pruners must be a mapping {{type or name: rule}}, got {type(custom).__name__}"
+        )
+    for what in custom or {}:
+        if not any(is_named(name, module, what) for name, module in model.named_modules()):
+            tensors_named(model, what, "customized_pruners")
 
 
 def _rows_found(analysis: Analysis, tensors: frozenset[str]) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from lightning_prune.tracing.labels import Ints, Label, Tags
-from lightning_prune.tracing.rules import Arguments, rule
+from lightning_prune.tracing.rules import Arguments, rule, unknown
 from lightning_prune.tracing.tracer import Tracer
 
 MEETS = "contracted with a dimension that must stay"
@@ -113,6 +113,8 @@ def _mark_heads(t: Tracer, a: Operand, b: Operand, shared: set[str], alphabet: s
             continue
         t.ledger.head_rows.append(label.ravel())
         axis = alphabet.index(letter)
+        if any(1 in o.tensor.shape[-2:] and o.letters.index(letter) < o.tensor.ndim - 2 for o in (a, b)):
+            t.ledger.narrow_heads.append(label.ravel())
         for o in (a, b):
             for other, cells in o.labels.items():
                 if other != letter and cells is not None and cells.shape[axis] > 1:
@@ -173,6 +175,17 @@ def mv(t: Tracer, a: Arguments, out: Tensor) -> None:
 def dot(t: Tracer, a: Arguments, out: Tensor) -> None:
     """[k] @ [k]."""
     contract(t, a["self"], "k", a["tensor" if "tensor" in a else "other"], "k", out, "")
+
+
+@rule("_grouped_mm")
+def grouped_mm(t: Tracer, a: Arguments, out: Tensor) -> None:
+    """Rows of [s, k] by the matrix of their expert in [e, k, n]: experts are counted by offsets and stay."""
+    x, weight = a["self"], a["mat2"]
+    if x.ndim != 2 or weight.ndim != 3:
+        unknown(t, [x, weight])
+        return
+    t.freeze(t.tags(weight).dims[0], "experts are told apart by offsets")
+    contract(t, x, "sk", weight, "ekn", out, "sn")
 
 
 @rule("outer", "ger")

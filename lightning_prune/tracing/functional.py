@@ -66,11 +66,25 @@ def einsum(t: Tracer, func: Run, *args: Any) -> Tensor:
     with t.silently():
         out: Tensor = func(*args)
     spec = _spelled(equation, operands, out) if isinstance(equation, str) else None
-    if spec is None or len(operands) != 2 or any(len(set(s)) != len(s) for s in spec):
-        if any(not t.tags(x).is_opaque for x in operands if isinstance(x, Tensor)):
-            unknown(t, [x for x in operands if isinstance(x, Tensor)])
+    if spec is None or len(operands) < 2 or any(len(set(s)) != len(s) for s in spec):
+        unknown(t, [x for x in operands if isinstance(x, Tensor)])
         return out
-    contract(t, operands[0], spec[0], operands[1], spec[1], out, spec[2])
+    left, letters = operands[0], spec[0]
+    for i in range(1, len(operands)):
+        later = "".join(spec[i + 1 :])
+        result = (
+            spec[-1]
+            if i == len(operands) - 1
+            else "".join(c for c in dict.fromkeys(letters + spec[i]) if c in later)
+        )
+        with t.silently():
+            size = {
+                **dict(zip(letters, left.shape, strict=True)),
+                **dict(zip(spec[i], operands[i].shape, strict=True)),
+            }
+            target = out if result is spec[-1] else torch.empty([size[c] for c in result], device="meta")
+        contract(t, left, letters, operands[i], spec[i], target, result)
+        left, letters = target, result
     return out
 
 
@@ -317,16 +331,4 @@ def prelu(t: Tracer, func: Run, input: Tensor, weight: Tensor) -> Tensor:
         else:
             t.ledger.tie(label, place(slope.reshape(-1), input.ndim, 1), t.why("slopes of"))
     t.put(out, tags)
-    return out
-
-
-@function_rule(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
-def recurrent(t: Tracer, func: Run, *args: Any) -> Any:
-    """Recurrent layers stay whole."""
-    with t.silently():
-        out = func(*args)
-    for value in args:
-        for x in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(x, Tensor):
-                t.freeze_tensor(x, "recurrent layers stay whole")
     return out

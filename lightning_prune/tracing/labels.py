@@ -95,6 +95,7 @@ class Ledger:
     axes: list[Axis] = field(default_factory=list)
     head_rows: list[Ints] = field(default_factory=list)
     head_cells: list[Ints] = field(default_factory=list)
+    narrow_heads: list[Ints] = field(default_factory=list)
     elastic: list[tuple[int, int]] = field(default_factory=list)
     _axis_of: dict[int, int] = field(default_factory=dict)
     _splits: dict[tuple[bytes, int, int], tuple[Ints, Ints]] = field(default_factory=dict)

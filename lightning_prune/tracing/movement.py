@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import Tensor
 
-from lightning_prune.tracing.labels import Label, Tags, compress
+from lightning_prune.tracing.labels import Label, Tags, compress, opaque
 from lightning_prune.tracing.rules import Arguments, rule, tensors_in, unknown
 from lightning_prune.tracing.shapes import blocks, reshape
 from lightning_prune.tracing.tracer import Tracer
@@ -146,6 +146,9 @@ def _sliced(label: Label, dim: int, part: slice) -> Label:
 
 def take_slice(t: Tracer, x: Tensor, out: Tensor, dim: int, part: slice) -> None:
     """A range of a dimension. With a step, blocks of that many neighbours stay together."""
+    if 0 in out.shape:
+        t.put(out, opaque(out.ndim))
+        return
     tags = t.tags(x)
     label, step = tags.dims[dim], part.step or 1
     if label is not None and step > 1:

@@ -46,10 +46,19 @@ def length(t: Tracer, func: Run, x: Tensor) -> Any:
     return func(x)
 
 
-@function_rule(Tensor.numel, torch.numel, Tensor.nelement, Tensor.tolist, Tensor.numpy)
-def counted(t: Tracer, func: Run, x: Tensor) -> Any:
-    """A plain number of elements: nothing can be followed through it."""
-    t.freeze_tensor(x, "its elements are counted or read by Python")
+@function_rule(Tensor.numel, torch.numel, Tensor.nelement)
+def numel(t: Tracer, func: Run, x: Tensor) -> Any:
+    """The product of the sizes, tracked: asking whether a tensor is empty changes nothing."""
+    count: Any = int(func(x)) if t.tags(x).is_opaque or not x.ndim else 1
+    for d in range(x.ndim if count == 1 else 0):
+        count = count * t.sized(x, d)
+    return count
+
+
+@function_rule(Tensor.tolist, Tensor.numpy)
+def read(t: Tracer, func: Run, x: Tensor) -> Any:
+    """Values leave for Python: nothing can be followed through them."""
+    t.freeze_tensor(x, "its elements are read by Python")
     return func(x)
 
 
@@ -78,7 +87,8 @@ def check_sizes(t: Tracer, wanted: Sequence[Any], out: Tensor) -> None:
     """Sizes written in the code against labels, aligned at the last."""
     dims = t.tags(out).dims
     for value, d in zip(reversed(list(wanted)), reversed(range(out.ndim)), strict=False):
-        if not isinstance(value, Tensor) and int.__int__(value) != -1 and out.shape[d] > 1:
+        is_written = not isinstance(value, Tensor) and int.__int__(value) != -1
+        if is_written and (out.shape[d] > 1 or isinstance(value, Size)):
             t.expect(value, dims[d], d)
 
 

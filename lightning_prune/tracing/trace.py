@@ -18,6 +18,7 @@ from lightning_prune.tracing import (
     movement,
     normalization,
     pointwise,
+    recurrent,
     sizes,
     windows,
 )
@@ -35,7 +36,17 @@ from lightning_prune.tracing.tracer import (
     track_attributes,
 )
 
-RULE_FILES = (contraction, functional, indexing, movement, normalization, pointwise, sizes, windows)
+RULE_FILES = (
+    contraction,
+    functional,
+    indexing,
+    movement,
+    normalization,
+    pointwise,
+    recurrent,
+    sizes,
+    windows,
+)
 
 
 def trace(
