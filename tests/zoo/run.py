@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its names are plain words
 
 from zoo.catalogue import matching
 from zoo.judge import Verdict
@@ -28,9 +28,10 @@ def main() -> None:
     parser.add_argument("globs", nargs="*")
     parser.add_argument("--to", type=Path)
     parser.add_argument("--trace", action="store_true", help="print the last frames of errors")
+    parser.add_argument("--reasons", action="store_true", help="have what stays explained, in the file")
     given = parser.parse_args()
     found: Counter[str] = Counter()
-    with Server() as server:
+    with Server(reasons=given.reasons) as server:
         for name in matching(given.globs):
             v = server.verdict(name)
             found[v.status] += 1

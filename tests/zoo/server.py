@@ -12,9 +12,14 @@ from zoo.judge import Verdict
 
 
 class Server:
-    """A worker process, started at the first question; a context manager."""
+    """A worker process, started at the first question; a context manager.
 
-    def __init__(self) -> None:
+    Args:
+        reasons: Whether verdicts say why dimensions stay.
+    """
+
+    def __init__(self, *, reasons: bool = False) -> None:
+        self._options = ["--reasons"] if reasons else []
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Server:
@@ -41,7 +46,7 @@ class Server:
     def _started(self) -> subprocess.Popen[str]:
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("worker.py"))],
+                [sys.executable, str(Path(__file__).with_name("worker.py")), *self._options],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

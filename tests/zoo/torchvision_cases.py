@@ -21,7 +21,7 @@ _IMAGES = {
     "efficientnet_v2_s": 64,
     "googlenet": 64,
     "inception_v3": 96,
-    "maxvit_t": 224,
+    "maxvit_t": 64,
     "mnasnet0_5": 64,
     "mobilenet_v2": 64,
     "mobilenet_v3_small": 64,
@@ -37,7 +37,7 @@ _IMAGES = {
     "swin_v2_t": 64,
     "vgg11": 64,
     "vgg11_bn": 64,
-    "vit_b_32": 224,
+    "vit_b_32": 64,
     "deeplabv3_mobilenet_v3_large": 64,
     "deeplabv3_resnet50": 64,
     "fcn_resnet50": 64,
@@ -49,8 +49,8 @@ _VIDEOS = {
     "mc3_18": (4, 32),
     "r2plus1d_18": (4, 32),
     "s3d": (16, 64),
-    "mvit_v1_b": (16, 224),
-    "mvit_v2_s": (16, 224),
+    "mvit_v1_b": (8, 64),
+    "mvit_v2_s": (8, 64),
     "swin3d_t": (4, 64),
 }
 _DETECTORS = (
@@ -66,6 +66,13 @@ _DETECTORS = (
     "ssd300_vgg16",
     "ssdlite320_mobilenet_v3_large",
 )
+# networks that are built for one size of input
+_SIZED: dict[str, dict[str, Any]] = {
+    "maxvit_t": {"input_size": (64, 64), "partition_size": 2},
+    "vit_b_32": {"image_size": 64},
+    "mvit_v1_b": {"spatial_size": (64, 64), "temporal_size": 8},
+    "mvit_v2_s": {"spatial_size": (64, 64), "temporal_size": 8},
+}
 _FLOWS = ("raft_small", "raft_large")
 
 
@@ -79,7 +86,7 @@ def _classifier(name: str) -> nn.Module:
     extra: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     if name in _DETECTORS or "deeplab" in name or "fcn" in name or "lraspp" in name:
         extra["weights_backbone"] = None
-    return _build(name, **extra)
+    return _build(name, **extra, **_SIZED.get(name, {}))
 
 
 def _detector(name: str) -> nn.Module:
@@ -111,7 +118,7 @@ def _case(name: str, build: Callable[[str], nn.Module], inputs: Callable[[], Any
 
 TORCHVISION = [
     *(_case(name, _classifier, partial(draw, 2, 3, size, size)) for name, size in _IMAGES.items()),
-    *(_case(name, _build, partial(draw, 2, 3, n, size, size)) for name, (n, size) in _VIDEOS.items()),
+    *(_case(name, _classifier, partial(draw, 2, 3, n, size, size)) for name, (n, size) in _VIDEOS.items()),
     *(
         _case(name, _detector, _picture, train_inputs=partial(_pictures_and_targets, name))
         for name in _DETECTORS

@@ -1,6 +1,7 @@
 """A process that judges cases: one fork each, so that neither a crash nor a leak reaches the next.
 
-It reads names on standard input and answers each with one line of JSON on standard output.
+It reads names on standard input and answers each with one line of JSON on standard output; with ``--reasons``
+every dimension that stays is explained.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import warnings
 from importlib import import_module
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its names are plain words
 
 import torch
 
@@ -43,7 +44,7 @@ def answer(name: str) -> Verdict:
         resource.setrlimit(resource.RLIMIT_DATA, (HARD, HARD))
         resource.setrlimit(resource.RLIMIT_CPU, (WALL, WALL))
         with os.fdopen(write, "w") as out:
-            json.dump(judge(CASES[name]).as_dict(), out)
+            json.dump(judge(CASES[name], reasons="--reasons" in sys.argv).as_dict(), out)
         os._exit(0)
     os.close(write)
     with os.fdopen(read) as source:
