@@ -56,6 +56,7 @@ def select(
     Returns:
         A selection under which every grid holds that held before. Where a grid or a cap forbids the asked
         count, the nearest possible one; in the worst case all of what is bound together stays.
+        Components are solved in turn, so a pool with several of them may miss its sum by part of a step.
 
     >>> group = Group("fc:0", "channel", np.arange(4), (), "")
     >>> demand = Demand((Pool((0,), 0.5),), np.array([4]), np.zeros(4, bool))
