@@ -207,6 +207,15 @@ def test_a_checkpoint_loads_by_class_by_mixin_and_by_hand(tmp_path, weights_only
         assert torch.equal(inner.eval()(x), expected)
 
 
+def test_a_class_keeps_its_own_word_in_loading(tmp_path):
+    class Own(Cosine):
+        def on_load_checkpoint(self, checkpoint):
+            self.epoch_of_file = checkpoint["epoch"]
+
+    fit(build(Own), pruning(), every_epoch(tmp_path), max_epochs=2, enable_checkpointing=True)
+    assert load_from_checkpoint(Own, tmp_path / "epoch=1.ckpt").epoch_of_file == 1
+
+
 def test_best_and_last_load_into_the_pruned_model_dense_ones_included(tmp_path):
     saver = every_epoch(tmp_path, save_last=True)
     trainer = fit(build(Cosine), pruning(), saver, max_epochs=5, enable_checkpointing=True)
@@ -282,6 +291,14 @@ def test_the_best_pruned_epoch_is_kept(tmp_path):
     fit(build(Scripted), Quiet(0.5, start_epoch=2), saver, max_epochs=6, enable_checkpointing=True)
     assert saver.best_model_path.endswith("epoch=3.ckpt")
     assert [p.name for p in tmp_path.iterdir()] == ["epoch=3.ckpt"]
+
+
+def test_a_step_right_after_the_cut_is_not_judged_by_the_epoch_before(tmp_path):
+    saver = PrunedModelCheckpoint(
+        dirpath=tmp_path, filename="{step}", monitor="val_acc", mode="max", every_n_train_steps=1
+    )
+    fit(build(Scripted), Quiet(0.5, start_epoch=2), saver, max_epochs=6, enable_checkpointing=True)
+    assert saver.best_model_score == pytest.approx(0.7)
 
 
 def test_the_best_of_every_level_is_kept(tmp_path):
