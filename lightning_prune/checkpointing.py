@@ -54,6 +54,7 @@ class PrunedModelCheckpoint(ModelCheckpoint):
         super().__init__(**kwargs)
         self.per_level = per_level
         self._seen_level: int | None = None
+        self._judged_level: int | None = None  # level of the last validation
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -71,16 +72,20 @@ class PrunedModelCheckpoint(ModelCheckpoint):
 
     @override
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        if self._counts(trainer):
+        # Right after a cut the monitored value is still that of the epoch before it.
+        if self._counts(trainer) and self._judged_level == _level(trainer):
             super().on_train_batch_end(trainer, *args, **kwargs)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._judged_level = _level(trainer)
         if self._counts(trainer):
             super().on_train_epoch_end(trainer, pl_module)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._judged_level = _level(trainer)
         if self._counts(trainer):
             super().on_validation_end(trainer, pl_module)
 
