@@ -1,4 +1,4 @@
-"""The pages under docs/: every Python block runs, what it prints stands beside it, the options are complete."""
+"""The pages under docs/: every Python block runs and prints what the page says; the options are complete."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 
 from lightning_prune import GroupNormPruner
 from lightning_prune.callback import StructuredPruning
+from lightning_prune.finish import FitReport
 from lightning_prune.importance import IMPORTANCES
 from lightning_prune.normalizers import NORMALIZERS
 from lightning_prune.options import PruningOptions
@@ -29,7 +30,12 @@ OPTION = re.compile(r"^### `(?P<name>\w+)`\n\n(?P<default>Required|Default `[^`]
 
 pytestmark = [  # Lightning 2.6 on torch 2.13, and advice that a page does not need
     pytest.mark.filterwarnings(f"ignore:{text}")
-    for text in (".*LeafSpec", ".*does not have many workers", ".*number of training batches")
+    for text in (
+        ".*LeafSpec",
+        ".*does not have many workers",
+        ".*number of training batches",
+        "Be aware that when using .ckpt_path",
+    )
 ]
 
 
@@ -44,7 +50,7 @@ class Block:
 
 
 def blocks(text: str) -> Iterator[Block]:
-    """A ``python`` block runs unless it says ``python no-run``; an ``output`` block right behind it is held."""
+    """A ``python`` block runs unless it says ``no-run``; an ``output`` block behind it is held to it."""
     found = list(FENCE.finditer(text))
     for at, fence in enumerate(found):
         language, *words = fence["info"].split() or [""]
@@ -77,8 +83,14 @@ def own_rules() -> Iterator[None]:
     rule_for.cache_clear()
 
 
+@pytest.fixture
+def no_stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report at the end of a fit measures latency for a second; pages do not show it."""
+    monkeypatch.setattr(FitReport, "seconds", property(lambda report: 0.0, lambda report, value: None), False)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-@pytest.mark.usefixtures("own_rules")
+@pytest.mark.usefixtures("own_rules", "no_stopwatch")
 def test_every_block_runs_and_prints_what_the_page_says(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
