@@ -86,7 +86,8 @@ def own_rules() -> Iterator[None]:
 @pytest.fixture
 def no_stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The report at the end of a fit measures latency for a second; pages do not show it."""
-    monkeypatch.setattr(FitReport, "seconds", property(lambda report: 0.001, lambda report, value: None), False)
+    short = property(lambda report: 0.001, lambda report, value: None)
+    monkeypatch.setattr(FitReport, "seconds", short, raising=False)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
