@@ -66,32 +66,27 @@ def masks_of(twin: nn.Module, plan: Plan) -> dict[int, Tensor]:
     return masks
 
 
-def _seen(x: Tensor, ndim: int) -> Tensor:
-    """Survivors of the last ``ndim`` dimensions for a norm without weights: the producers of the rest are zero."""
-    return (x != 0).flatten(0, x.ndim - ndim - 1).any(0)
-
-
 def _layer_norm(masks: Mapping[int, Tensor], func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     shape, weight, bias, eps = _bind(("normalized_shape", "weight", "bias", "eps"), args, kwargs)
-    keep = _seen(x, len(shape)) if weight is None else masks.get(id(weight))
+    keep = x != 0 if weight is None else masks.get(id(weight))  # without: as the producers' zeros say
     if keep is None:
         return func(x, shape, weight, bias, 1e-5 if eps is None else eps)
-    return _normalise(x, keep, weight, bias, 1e-5 if eps is None else eps, centred=True)
+    return _normalise(x, keep, len(shape), weight, bias, 1e-5 if eps is None else eps, centred=True)
 
 
 def _rms_norm(masks: Mapping[int, Tensor], func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     shape, weight, eps = _bind(("normalized_shape", "weight", "eps"), args, kwargs)
-    keep = _seen(x, len(shape)) if weight is None else masks.get(id(weight))
+    keep = x != 0 if weight is None else masks.get(id(weight))
     if keep is None:
         return func(x, shape, weight, eps)
     eps = torch.finfo(torch.float64).eps if eps is None else eps
-    return _normalise(x, keep, weight, None, eps, centred=False)
+    return _normalise(x, keep, len(shape), weight, None, eps, centred=False)
 
 
 def _group_norm(masks: Mapping[int, Tensor], func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     groups, weight, bias, eps = _bind(("num_groups", "weight", "bias", "eps"), args, kwargs)
     eps = 1e-5 if eps is None else eps
-    keep = _seen(x.movedim(1, -1), 1) if weight is None else masks.get(id(weight))
+    keep = (x != 0).movedim(1, 0).flatten(1).any(1) if weight is None else masks.get(id(weight))
     if keep is None:
         return func(x, groups, weight, bias, eps)
     cells = x.reshape(len(x), groups, x.shape[1] // groups, -1)  # [n, g, c, s]
@@ -108,8 +103,10 @@ def _bind(names: tuple[str, ...], args: Any, kwargs: Any) -> list[Any]:
     return [given.get(n) for n in names]
 
 
-def _normalise(x: Tensor, keep: Tensor, weight: Any, bias: Any, eps: float, *, centred: bool) -> Tensor:
-    dims = tuple(range(-keep.ndim, 0))
+def _normalise(
+    x: Tensor, keep: Tensor, ndim: int, weight: Any, bias: Any, eps: float, *, centred: bool
+) -> Tensor:
+    dims = tuple(range(-ndim, 0))
     y = _standardise(x, keep.double(), dims, eps, centred=centred)
     y = y if weight is None else y * weight
     y = y if bias is None else y + bias
@@ -175,14 +172,15 @@ def _zero_direction(parametrised: Any, masks: Mapping[int, Tensor]) -> None:
 
 
 class _Rms2d(nn.Module):
-    """Root mean square over the channels of images."""
+    """Root mean square over the channels of images, and the activation that some classes add."""
 
     def __init__(self, norm: nn.Module, keep: Tensor) -> None:
         super().__init__()
         self.inner = _rms(norm, keep)
+        self.act = getattr(norm, "act", nn.Identity())
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.inner(x.movedim(1, -1)).movedim(-1, 1)
+        out: Tensor = self.act(self.inner(x.movedim(1, -1)).movedim(-1, 1))
         return out
 
 
@@ -229,6 +227,7 @@ _CLASSES: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
     "Gemma3RMSNorm": _gemma,
     "RMSNorm": _rms,
     "RmsNorm2d": _Rms2d,
+    "RmsNormAct2d": _Rms2d,
     "T5LayerNorm": _rms,
     "GlobalResponseNorm": _Response,
     "StdConv2d": _Standardised,
