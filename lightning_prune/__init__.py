@@ -1,8 +1,48 @@
 """Structured pruning that makes networks really smaller and faster while they train."""
 
+from lightning_prune.callback import StructuredPruning
+from lightning_prune.checkpoint import PrunableMixin, load_from_checkpoint, load_pruned_state, prepare
+from lightning_prune.checkpointing import PrunedEarlyStopping, PrunedModelCheckpoint
+from lightning_prune.errors import (
+    BudgetError,
+    CertificateError,
+    CheckpointMismatchError,
+    EmptyGroupError,
+    OptionError,
+    PlanError,
+    PruneError,
+    StaleGraphError,
+    StrategyError,
+    TraceError,
+    UnsupportedOpError,
+)
+from lightning_prune.options import PruningOptions
 from lightning_prune.plan import Plan
 from lightning_prune.pruner import GroupNormPruner
 from lightning_prune.surgery import apply
 
 __version__ = "0.1.0.dev0"
-__all__ = ["GroupNormPruner", "Plan", "apply"]
+__all__ = [
+    "BudgetError",
+    "CertificateError",
+    "CheckpointMismatchError",
+    "EmptyGroupError",
+    "GroupNormPruner",
+    "OptionError",
+    "Plan",
+    "PlanError",
+    "PrunableMixin",
+    "PruneError",
+    "PrunedEarlyStopping",
+    "PrunedModelCheckpoint",
+    "PruningOptions",
+    "StaleGraphError",
+    "StrategyError",
+    "StructuredPruning",
+    "TraceError",
+    "UnsupportedOpError",
+    "apply",
+    "load_from_checkpoint",
+    "load_pruned_state",
+    "prepare",
+]

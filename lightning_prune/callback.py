@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -308,8 +309,10 @@ class StructuredPruning(Callback):
             example = Example(inputs, self.options.forward_fn)
         options["forward_fn"] = example.forward_fn
         target = self._target(pl_module)
+        state = (self._restored or {}).get("pruner")
+        build = GroupNormPruner if state is None else partial(GroupNormPruner.resume, state=state)
         with eager(pl_module):
-            self.pruner = GroupNormPruner(
+            self.pruner = build(
                 target,
                 example.inputs,
                 pruning_ratio=self.pruning_ratio,

@@ -42,6 +42,12 @@ class Constraints:
         """Classes of every axis, [rows, n]."""
         return [self.graph.classes.of[axis.rows] for axis in self.ledger.axes]
 
+    def living_rows(self, axis: int, alive: Bools) -> Ints:
+        """Classes of the rows of an axis whose head lives; all rows if none does."""
+        rows = self.axes[axis]
+        lives = alive[self.graph.classes.of[self.ledger.axes[axis].owners]]
+        return rows[lives] if lives.any() else rows
+
     @cached_property
     def head_of(self) -> Ints:
         """[n_classes] class of the head that a class dies with, -1 for none, -2 for several."""
@@ -89,7 +95,7 @@ class Constraints:
 
         def count(axis: int) -> int:
             if axis not in known:
-                known[axis] = int(alive[self.axes[axis]].sum(axis=1).max())
+                known[axis] = int(alive[self.living_rows(axis, alive)].sum(axis=1).max())
             return known[axis]
 
         return count
@@ -165,7 +171,7 @@ class Constraints:
         sides: list[list[Ints]] = [[], []]
         for axis, factor in terms.items():
             k = int(factor * scale)
-            rows = self.axes[axis]
+            rows = self.living_rows(axis, alive)
             row = rows[int(alive[rows].sum(axis=1).argmax())]
             sides[k < 0] += [self._positions(row, alive)] * abs(k)
         fixed = np.full(abs(int(constant * scale)), -1, np.int64)

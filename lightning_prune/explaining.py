@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -98,6 +99,7 @@ def why_frozen(analysis: Analysis, atoms: Ints) -> str:
     return "it is a block that no attention head is, or is cut in two ways" if ledger.ands else "unknown"
 
 
+@lru_cache(maxsize=2)
 def _tree(analysis: Analysis) -> tuple[Ints, Callable[[int, int], str]]:
     """Breadth-first tree of reasons from the frozen atom."""
     ledger = analysis.graph.tracer.ledger

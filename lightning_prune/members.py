@@ -5,8 +5,10 @@ Scores and the regulariser must agree on these questions, and neither may import
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +16,16 @@ from torch import Tensor
 from lightning_prune.errors import OptionError, PruneError
 from lightning_prune.groups import Group, Member
 
-__all__ = ["NAN_POLICIES", "check_nan_policy", "is_bias", "non_finite", "real", "scored_members"]
+__all__ = [
+    "NAN_POLICIES",
+    "check_nan_policy",
+    "check_number",
+    "is_bias",
+    "listed",
+    "non_finite",
+    "real",
+    "scored_members",
+]
 
 NAN_POLICIES = ("raise", "skip", "zero")
 _BIAS = re.compile(r"(^|_)bias(es)?(_|$)")
@@ -87,3 +98,29 @@ def check_nan_policy(nan_policy: str) -> str:
     if nan_policy not in NAN_POLICIES:
         raise OptionError(f"nan_policy must be one of {', '.join(NAN_POLICIES)}, got {nan_policy!r}")
     return nan_policy
+
+
+def check_number(name: str, value: Any, most: float) -> float:
+    """Check that a number is finite, at least 0 and at most ``most``.
+
+    Raises:
+        OptionError: If it is not.
+    """
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not 0 <= value <= most
+        or value == math.inf
+    ):
+        limit = "" if most == math.inf else f" and at most {most:g}"
+        raise OptionError(f"{name} must be a finite number of at least 0{limit}, got {value!r}")
+    return float(value)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Join names for a message, the first five of them.
+
+    >>> listed(["a", "b"])
+    'a, b'
+    """
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

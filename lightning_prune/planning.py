@@ -7,9 +7,11 @@ import numpy.typing as npt
 from torch import nn
 
 from lightning_prune.attributes import cosmetic_rewrites
+from lightning_prune.configs import config_rewrites
 from lightning_prune.equations import Constraints
 from lightning_prune.groups import Graph, Place
 from lightning_prune.plan import Cut, Patch, Plan, Rewrite
+from lightning_prune.tracing.integers import mentions
 from lightning_prune.tracing.layers import ATTENTION, attention_values
 
 Bools = npt.NDArray[np.bool_]
@@ -39,7 +41,15 @@ def make_plan(model: nn.Module, graph: Graph, constraints: Constraints, keep: Bo
     )
     cosmetic = {(r.module, r.path): r for r in cosmetic_rewrites(model, plan)}
     cosmetic.update({(r.module, r.path): r for r in plan.rewrites})
-    return Plan(plan.cuts, tuple(cosmetic.values()), plan.patches, plan.sizes)
+    rewrites = tuple(cosmetic.values())
+    attributes = graph.tracer.attributes
+    used = frozenset(
+        (attributes[i].module, attributes[i].path)
+        for e in graph.tracer.equations
+        for i in mentions(e.expr, "attr")
+    )
+    of_configs, _ = config_rewrites(model, plan.cuts, rewrites, used)
+    return Plan(plan.cuts, rewrites + of_configs, plan.patches, plan.sizes)
 
 
 def _cut(place: Place, alive: Bools) -> Cut | None:

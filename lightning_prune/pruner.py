@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from lightning_prune.surgery import Snapshot, apply
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 
+OF_THE_DENSE = ("budget", "in_channel_groups", "out_channel_groups", "num_heads")
 
 class GroupNormPruner:
     """Prunes groups of coupled channels and heads by their norm (it has nothing to do with ``nn.GroupNorm``).
@@ -253,6 +255,27 @@ class GroupNormPruner:
 
     # -- resuming ----------------------------------------------------------------------------------
 
+    @classmethod
+    def resume(
+        cls, model: nn.Module, example_inputs: Any, state: Mapping[str, Any], **options: Any
+    ) -> GroupNormPruner:
+        """Build a pruner on a model that has its shapes already, and go on where ``state`` stopped.
+
+        Constructing one and calling ``load_state_dict`` does the same, but for options that speak of the
+        dense model: a budget, or a number of heads. Those were checked when there still was one.
+
+        >>> net, x = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), torch.ones(1, 4)
+        >>> old = GroupNormPruner(net, x, budget={"params": 0.5})
+        >>> _ = old.step()
+        >>> GroupNormPruner.resume(net, x, old.state_dict(), budget={"params": 0.5}).current_step
+        1
+        """
+        spoken_for = {name: options[name] for name in OF_THE_DENSE if name in options}
+        pruner = cls(model, example_inputs, **{k: v for k, v in options.items() if k not in spoken_for})
+        pruner.options = replace(pruner.options, **spoken_for)
+        pruner.load_state_dict(state)
+        return pruner
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the next step, as numbers, strings, lists and dicts."""
         return {
@@ -262,6 +285,7 @@ class GroupNormPruner:
             "dense": dict(self._dense),
             "head_dims": sorted(self._head_dims),
             "rng": bytes(self._evidence.generator.get_state().tolist()).hex(),
+            "regularizer": None if self._regularizer is None else self._regularizer.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -275,6 +299,8 @@ class GroupNormPruner:
         self._adopt(self._analysis)
         self._goal = self._targets(self.pruning_ratio)
         self._regularizer = None
+        if state["regularizer"] is not None:
+            self.regularizer.load_state_dict(state["regularizer"])
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -312,7 +338,8 @@ class GroupNormPruner:
                 )
 
     def _targets(self, ratio: float) -> Targets:
-        return targets(self._analysis, self.options, ratio, self._head_dims)
+        is_new = not self.plan and not self.current_step
+        return targets(self._analysis, self.options, ratio, self._head_dims, is_new=is_new)
 
     def _course(self, target: float) -> list[float]:
         return resolve(self.options.iterative_pruning_ratio_scheduler, target, self.iterative_steps)

@@ -128,9 +128,5 @@ def _culprits(groups: Sequence[Group], tensors: Mapping[str, Tensor]) -> str:
     """Say where non-finite scores come from: the tensors at fault, else the groups."""
     names = non_finite((m.tensor for g in groups for m in g.members if not m.is_buffer), tensors)
     if names:
-        return f"NaN or infinity in {_listed(names)}"
-    return f"the scores of {_listed([g.name for g in groups])} are not finite, though the weights are"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        return f"NaN or infinity in {listed(names)}"
+    return f"the scores of {listed([g.name for g in groups])} are not finite, though the weights are"

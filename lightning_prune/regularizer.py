@@ -24,7 +24,7 @@ from torch import Tensor
 from lightning_prune.errors import OptionError, PruneError, StaleGraphError
 from lightning_prune.groups import Group
 from lightning_prune.layout import plan_blocks
-from lightning_prune.members import check_nan_policy, non_finite, real, scored_members
+from lightning_prune.members import check_nan_policy, check_number, listed, non_finite, real, scored_members
 
 __all__ = ["Regularizer"]
 
@@ -78,8 +78,8 @@ class Regularizer:
         nan_policy: str = "skip",
         update_every: int = 1,
     ) -> None:
-        self.reg = _checked("reg", reg, math.inf)
-        self.alpha = _checked("alpha", alpha, MAX_ALPHA)
+        self.reg = check_number("reg", reg, math.inf)
+        self.alpha = check_number("alpha", alpha, MAX_ALPHA)
         self.nan_policy = check_nan_policy(nan_policy)
         if isinstance(update_every, bool) or not isinstance(update_every, int) or update_every < 1:
             raise OptionError(f"update_every must be a whole number of at least 1, got {update_every!r}")
@@ -161,6 +161,27 @@ class Regularizer:
             self.refresh()
         return self.reg / 2 * (self._gamma * self._scores).sum()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Give what the coming steps depend on besides the weights, as numbers and lists."""
+        held = {"gamma": self._gamma.tolist(), "scores": self._scores.tolist()}
+        return {"age": self._age, "skipped": int(self.skipped), **held}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the gammas of another regulariser of the same groups, until they are due.
+
+        Raises:
+            PruneError: If the state is of other groups.
+        """
+        found, expected = len(state["gamma"]), len(self._gamma)
+        if not found == len(state["scores"]) == expected:
+            raise PruneError(f"the regulariser's state is of {found} units, these groups have {expected}")
+        self._age, self.skipped = state["age"], torch.full_like(self.skipped, state["skipped"])
+        self._gamma, self._scores = (self._gamma.new_tensor(state[name]) for name in ("gamma", "scores"))
+        resting = torch.zeros_like(self._resting, dtype=self._dtype)
+        # A gamma is 2 to some power; 0 marks a group that rests.
+        self._resting = resting.index_add_(0, self._group_of, (self._gamma == 0).to(self._dtype)) > 0
+        self._set_factors(self._gamma)
+
     def check(self) -> None:
         """Look at what was found not finite since the last look. Waits for the device: call it when logging.
 
@@ -175,9 +196,9 @@ class Regularizer:
         self._seen.zero_()
         names = non_finite((block.tensor for block in self._blocks), self._parameters)
         rested = [g.name for g, r in zip(self._groups, self._rested.tolist(), strict=True) if r]
-        where = f"NaN or infinity in {_listed(names)}"
+        where = f"NaN or infinity in {listed(names)}"
         if not names:
-            where = f"sums of squares of {_listed(rested)} that were not finite, though the weights are now"
+            where = f"sums of squares of {listed(rested)} that were not finite, though the weights are now"
         if self.nan_policy == "raise":
             raise PruneError(
                 f"the regulariser found {where} (nan_policy='raise'); no gradient was touched there"
@@ -378,19 +399,3 @@ def _facts(tensor: Tensor) -> tuple[Any, ...]:
 
 def _joined(parts: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
-
-
-def _checked(name: str, value: Any, most: float) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not 0 <= value <= most
-        or value == math.inf
-    ):
-        limit = "" if most == math.inf else f" and at most {most:g}"
-        raise OptionError(f"{name} must be a finite number of at least 0{limit}, got {value!r}")
-    return float(value)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

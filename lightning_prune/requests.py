@@ -42,8 +42,22 @@ class Targets:
     locked: Bools = field(compare=False)
 
 
-def targets(analysis: Analysis, options: PruningOptions, ratio: float, head_dims: frozenset[str]) -> Targets:
+def targets(
+    analysis: Analysis,
+    options: PruningOptions,
+    ratio: float,
+    head_dims: frozenset[str],
+    *,
+    is_new: bool = True,
+) -> Targets:
     """Resolve ratios, dictionaries, ignored layers and scopes for one graph.
+
+    Args:
+        analysis: The graph.
+        options: All options.
+        ratio: Ratio of groups that no dictionary names.
+        head_dims: Keys of groups that were head dims once.
+        is_new: Whether nothing has been cut yet: later an entry may have run out of units.
 
     Raises:
         OptionError: If a name matches nothing.
@@ -60,7 +74,7 @@ def targets(analysis: Analysis, options: PruningOptions, ratio: float, head_dims
         (options.head_pruning_ratio_dict, True, "head_pruning_ratio_dict"),
     )
     for table, heads, name in tables:
-        _apply_table(analysis, table or {}, heads, name, ratios, scopes, options)
+        _apply_table(analysis, table or {}, heads, name, ratios, scopes, options, is_new)
     return Targets(tuple(ratios), tuple(scopes), locked)
 
 
@@ -100,6 +114,7 @@ def _apply_table(
     ratios: list[float],
     scopes: list[int],
     options: PruningOptions,
+    is_new: bool,
 ) -> None:
     if heads and table and not options.prune_num_heads:
         raise OptionError(
@@ -113,7 +128,7 @@ def _apply_table(
         hit = [
             i for i, g in enumerate(analysis.groups) if (g.kind == "head") == heads and mask[g.units].any()
         ]
-        if not hit:
+        if not hit and is_new:
             raise EmptyGroupError(
                 f"{option}: {what!r} holds no prunable {'head' if heads else 'unit'}; "
                 "explain(name, dim) says why its dimensions stay."

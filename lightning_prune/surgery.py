@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ def apply(model: nn.Module, plan: Plan) -> None:
     try:
         for piece in pieces:
             piece.commit()
+        own_configs(model, plan)
         for rewrite in plan.rewrites:
             set_path(model.get_submodule(rewrite.module), rewrite.path, rewrite.after)
         for patch in plan.patches:
@@ -89,6 +91,7 @@ class Snapshot:
             PlanError: If the plan does not fit the model.
         """
         undos = [_remember_tensor(target.tensor) for target in _checked(model, plan)]
+        undos += [_remember_holder(holder, key) for holder, key, _ in _config_holders(model, plan)]
         undos += [remember(model.get_submodule(r.module), r.path) for r in plan.rewrites]
         undos += [remember_patch(model, p) for p in plan.patches]
         return Snapshot(undos)
@@ -102,6 +105,32 @@ class Snapshot:
             except KeyboardInterrupt:
                 continue  # a second Ctrl-C, on the way back: start again, every part may run twice
             return
+
+
+def own_configs(model: nn.Module, plan: Plan) -> None:
+    """Give a model a config of its own before it is rewritten: other models may hold the same object."""
+    copies: dict[int, Any] = {}
+    for holder, key, config in list(_config_holders(model, plan)):
+        vars(holder)[key] = copies.setdefault(id(config), copy.deepcopy(config))
+
+
+def _config_holders(model: nn.Module, plan: Plan) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Every attribute of a module that holds an object into which a rewrite reaches."""
+    roots = {(r.module, r.path.partition(".")[0]) for r in plan.rewrites if "." in r.path}
+    shared = {id(c): c for m, k in roots if (c := vars(model.get_submodule(m)).get(k)) is not None}
+    for module in model.modules():
+        for key, value in list(vars(module).items()):
+            if id(value) in shared:
+                yield module, key, value
+
+
+def _remember_holder(holder: nn.Module, key: str) -> Callable[[], None]:
+    old = vars(holder)[key]
+
+    def undo() -> None:
+        vars(holder)[key] = old
+
+    return undo
 
 
 @dataclass(frozen=True, eq=False)

@@ -76,9 +76,10 @@ def compress(label: Label, dim: int) -> Label:
 
 @dataclass(frozen=True)
 class Axis:
-    """A label whose kept count is spoken of: rows [rows, n] of atoms."""
+    """A label whose kept count is spoken of: rows [rows, n] of atoms, and what each was split off with."""
 
     rows: Ints
+    owners: Ints
 
 
 @dataclass
@@ -197,7 +198,8 @@ class Ledger:
         key = hash(rows.tobytes())
         if key not in self._axis_of:
             self._axis_of[key] = len(self.axes)
-            self.axes.append(Axis(np.unique(rows, axis=0) if len(rows) > 1 else rows))
+            rows = np.unique(rows, axis=0) if len(rows) > 1 else rows
+            self.axes.append(Axis(rows, self._owners(rows)))
         return self._axis_of[key]
 
     def stretch(self, n: int) -> Ints:

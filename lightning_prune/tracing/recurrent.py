@@ -52,7 +52,8 @@ def _last(label: Ints | None, rank: int) -> Tags:
 
 def _joined(labels: Sequence[Ints | None]) -> Ints | None:
     present = [label for label in labels if label is not None]
-    return np.concatenate(present) if len(present) == len(labels) else None
+    joined: Ints | None = np.concatenate(present) if len(present) == len(labels) else None
+    return joined
 
 
 def _agreed(t: Tracer, labels: Sequence[Ints | None]) -> Ints | None:
@@ -103,7 +104,7 @@ def _cell(t: Tracer, source: Ints | None, weights: list[Tensor], gates: int) -> 
         for w in weights:
             t.freeze_tensor(w, "a recurrent layer of one unit")
         return None
-    hidden = rows.reshape(gates, -1)[0]
+    hidden: Ints = rows.reshape(gates, -1)[0]
     why = t.why("gates of one hidden unit")
     t.ledger.tie(back.reshape(-1), hidden, why)
     for w in (w_ih, w_hh, *biases):

@@ -39,6 +39,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
             if name in RULES:
                 raise RuntimeError(f"duplicate rule for {name}")
             RULES[name] = function
+        rule_for.cache_clear()
         return function
 
     return register

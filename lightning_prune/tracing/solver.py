@@ -179,6 +179,7 @@ def _classes(ledger: Ledger, union: _Union, ands: list[Ints], heads: Ints) -> Cl
     flags[1][union.of[heads]] = True
     if ledger.narrow_heads:  # heads of one dimension have no cells and are rows of nothing
         flags[0][union.of[np.concatenate(ledger.narrow_heads)]] = True
+    flags[2][cell[live & flags[1][row]]] = True
     if ledger.head_cells:
         flags[2][union.of[np.concatenate(ledger.head_cells)]] = True
     for flag in flags:
