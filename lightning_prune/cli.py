@@ -330,7 +330,7 @@ def _fit(
     try:
         trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
     except SystemExit:
-        if True:
+        if not trainer.interrupted:
             raise
         keeper = trainer.checkpoint_callback
         last = getattr(keeper, "last_model_path", "") or getattr(keeper, "best_model_path", "")
