@@ -154,6 +154,7 @@ def _print_plan(cfg: DictConfig) -> None:
 def units_left(group: Group, plan: Plan) -> int:
     """Count the units of a group that a plan keeps.
 
+    >>> import torch
     >>> net = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Linear(4, 1))
     >>> pruner = GroupNormPruner(net, torch.ones(1, 2))
     >>> units_left(pruner.groups()[0], pruner.step(dry_run=True))
