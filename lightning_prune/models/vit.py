@@ -29,6 +29,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = head_dim
+        self.scale = head_dim**-0.5
         self.qkv = nn.Linear(dim, 3 * num_heads * head_dim)
         self.proj = nn.Linear(num_heads * head_dim, dim)
 
@@ -37,7 +38,7 @@ class Attention(nn.Module):
         b, n, _ = x.shape
         qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [b, h, n, e] each
-        y = scaled_dot_product_attention(q, k, v)  # [b, h, n, e]
+        y = scaled_dot_product_attention(q, k, v, scale=self.scale)  # [b, h, n, e]
         out: Tensor = self.proj(y.transpose(1, 2).flatten(2))
         return out
 
@@ -91,10 +92,10 @@ class ViT(nn.Module):
         patch_size: int = 2,
         in_channels: int = 1,
         num_classes: int = 10,
-        dim: int = 64,
+        dim: int = 128,
         depth: int = 3,
         num_heads: int = 4,
-        mlp_dim: int = 128,
+        mlp_dim: int = 256,
     ) -> None:
         super().__init__()
         if patch_size < 1 or image_size % patch_size:
