@@ -36,7 +36,7 @@ class ZooCase:
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     """Give every parameter and running statistic a value of its own, of order one; eval mode.
 
-    Libraries initialise norms to one, biases and layer scales to zero: on such weights a wrong cut may not show.
+    Libraries initialise norms to one, biases and layer scales to zero: a wrong cut may not show on those.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():

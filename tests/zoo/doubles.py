@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from oracle import Masks, SurvivorLayerNorm, _kept_mask
+from oracle import SurvivorLayerNorm, _kept_mask
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -113,7 +113,9 @@ def _normalise(
     return y * keep
 
 
-def _standardise(x: Tensor, keep: Tensor, dims: tuple[int, ...], eps: float, *, centred: bool = True) -> Tensor:
+def _standardise(
+    x: Tensor, keep: Tensor, dims: tuple[int, ...], eps: float, *, centred: bool = True
+) -> Tensor:
     n = keep.sum(dims, keepdim=True).clamp(min=1)
     if centred:
         x = x - (x * keep).sum(dims, keepdim=True) / n

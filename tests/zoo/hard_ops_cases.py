@@ -18,13 +18,37 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from zoo.cases import ZooCase
 
-_REUSED = (
-    "lstm gru separate_einsum separate_reshape_c fused_unbind cross_attention multihead_attention"
-    " multihead_attention_weights encoder_layer_pre encoder_layer_post weight_norm spectral_norm"
-    " weight_standardised instance_norm instance_norm_tracked prelu repeat_interleave roll roll_add"
-    " computed_weight buffers used_twice two_outputs keyword_inputs outer_residual channel_shuffle"
-    " grouped transposed_grouped tied_embedding"
-).split()
+_REUSED = [
+    "lstm",
+    "gru",
+    "separate_einsum",
+    "separate_reshape_c",
+    "fused_unbind",
+    "cross_attention",
+    "multihead_attention",
+    "multihead_attention_weights",
+    "encoder_layer_pre",
+    "encoder_layer_post",
+    "weight_norm",
+    "spectral_norm",
+    "weight_standardised",
+    "instance_norm",
+    "instance_norm_tracked",
+    "prelu",
+    "repeat_interleave",
+    "roll",
+    "roll_add",
+    "computed_weight",
+    "buffers",
+    "used_twice",
+    "two_outputs",
+    "keyword_inputs",
+    "outer_residual",
+    "channel_shuffle",
+    "grouped",
+    "transposed_grouped",
+    "tied_embedding",
+]
 
 
 def _image_net(run: Callable[..., Tensor], width: int = 16, **parts: Any) -> nn.Module:
@@ -77,7 +101,12 @@ class GroupedStdConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         w = functional.batch_norm(
-            self.weight.reshape(1, self.out_channels, -1), None, None, training=True, momentum=0.0, eps=self.eps
+            self.weight.reshape(1, self.out_channels, -1),
+            None,
+            None,
+            training=True,
+            momentum=0.0,
+            eps=self.eps,
         ).reshape_as(self.weight)
         return functional.conv2d(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups)
 

@@ -14,7 +14,6 @@ from zoo.operators import import_torchvision
 
 WORDS = 96  # size of every vocabulary
 
-# config class, model class, and the sizes that both layers and config share
 _SMALL = {
     "vocab_size": WORDS,
     "hidden_size": 64,
@@ -28,7 +27,7 @@ _SMALL = {
 }
 _GROUPED = {**_SMALL, "num_key_value_heads": 2}
 
-# name: (config, model, sizes)
+# Config class, model class and sizes of each.
 _CAUSAL: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", _GROUPED),
     "mistral": ("MistralConfig", "MistralForCausalLM", _GROUPED),
@@ -41,7 +40,15 @@ _CAUSAL: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": (
         "GPT2Config",
         "GPT2LMHeadModel",
-        {"vocab_size": WORDS, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2},
+        {
+            "vocab_size": WORDS,
+            "n_embd": 64,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 64,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
     ),
     "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", _SMALL),
     "opt": (
@@ -49,8 +56,16 @@ _CAUSAL: dict[str, tuple[str, str, dict[str, Any]]] = {
         "OPTForCausalLM",
         {**_SMALL, "ffn_dim": 128, "word_embed_proj_dim": 64},
     ),
-    "bloom": ("BloomConfig", "BloomForCausalLM", {"vocab_size": WORDS, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
-    "falcon": ("FalconConfig", "FalconForCausalLM", {**_SMALL, "num_kv_heads": 2, "new_decoder_architecture": True}),
+    "bloom": (
+        "BloomConfig",
+        "BloomForCausalLM",
+        {"vocab_size": WORDS, "hidden_size": 64, "n_layer": 2, "n_head": 4},
+    ),
+    "falcon": (
+        "FalconConfig",
+        "FalconForCausalLM",
+        {**_SMALL, "num_kv_heads": 2, "new_decoder_architecture": True},
+    ),
     "mixtral": ("MixtralConfig", "MixtralForCausalLM", {**_GROUPED, "num_local_experts": 4}),
     "qwen2_moe": (
         "Qwen2MoeConfig",
@@ -85,7 +100,14 @@ _ENCODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "distilbert": (
         "DistilBertConfig",
         "DistilBertForSequenceClassification",
-        {"vocab_size": WORDS, "dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64},
+        {
+            "vocab_size": WORDS,
+            "dim": 64,
+            "hidden_dim": 128,
+            "n_layers": 2,
+            "n_heads": 4,
+            "max_position_embeddings": 64,
+        },
     ),
     "albert": ("AlbertConfig", "AlbertForSequenceClassification", {**_SMALL, "embedding_size": 32}),
     "electra": ("ElectraConfig", "ElectraForSequenceClassification", {**_SMALL, "embedding_size": 32}),
@@ -115,7 +137,14 @@ _PICTURES: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "swin": (
         "SwinConfig",
         "SwinForImageClassification",
-        {"image_size": 64, "patch_size": 4, "embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
+        {
+            "image_size": 64,
+            "patch_size": 4,
+            "embed_dim": 32,
+            "depths": [2, 2],
+            "num_heads": [2, 4],
+            "window_size": 4,
+        },
         64,
     ),
     "convnext": (
@@ -253,7 +282,11 @@ def _detr() -> nn.Module:
     )
     sizes = {k: v for k, v in _SEQ.items() if "token" not in k and k != "vocab_size"}
     config = library.DetrConfig(
-        use_timm_backbone=False, use_pretrained_backbone=False, backbone_config=backbone, num_queries=6, **sizes
+        use_timm_backbone=False,
+        use_pretrained_backbone=False,
+        backbone_config=backbone,
+        num_queries=6,
+        **sizes,
     )
     return library.DetrForObjectDetection(config)
 
@@ -272,7 +305,9 @@ def _sam() -> nn.Module:
         global_attn_indexes=[1],
         num_pos_feats=16,
     )
-    prompt = library.SamPromptEncoderConfig(hidden_size=32, image_size=64, patch_size=8, mask_input_channels=8)
+    prompt = library.SamPromptEncoderConfig(
+        hidden_size=32, image_size=64, patch_size=8, mask_input_channels=8
+    )
     mask = library.SamMaskDecoderConfig(
         hidden_size=32, mlp_dim=64, num_attention_heads=4, iou_head_hidden_dim=32, num_hidden_layers=2
     )

@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from oracle import assert_sliced, call, doubled, in_double, masked_twin, relative_error, tensors_in, without_fast_path
+from oracle import (
+    assert_sliced,
+    call,
+    doubled,
+    in_double,
+    masked_twin,
+    relative_error,
+    tensors_in,
+    without_fast_path,
+)
 from torch import Tensor, nn
 from zoo.cases import ZooCase, randomise
 from zoo.doubles import InDouble, Survivors, adapt
@@ -100,8 +109,8 @@ def judge(case: ZooCase, *, reasons: bool = True) -> Verdict:
         torch.manual_seed(0)
         model, inputs = randomise(case.build()), case.inputs()
         verdict.before = verdict.after = count(model)
-        for stage in _stages(case, model, inputs, verdict, reasons):
-            pass
+        for reached in _stages(case, model, inputs, verdict, reasons):
+            stage = reached
     except OverTimeError:
         verdict.status, verdict.detail = "limit", f"{stage}: more than {SECONDS} s of processor time"
     except MemoryError as error:
@@ -122,6 +131,7 @@ def _stages(case: ZooCase, model: nn.Module, inputs: Any, verdict: Verdict, reas
     dense = copy.deepcopy(model)
     with torch.no_grad():
         shapes = [t.shape for t in tensors_in(call(copy.deepcopy(dense), copied(inputs)))]
+    assert any(s.numel() for s in shapes), "the case has no output to compare"
     yield "analysis"
     options = {"pruning_ratio": 0.5, **case.options}
     with limits(SECONDS), _timed(verdict, "analysis"):
@@ -151,7 +161,10 @@ def _stages(case: ZooCase, model: nn.Module, inputs: Any, verdict: Verdict, reas
         check_generates(model, inputs)
     verdict.status = "exact" if verdict.after <= (1 - LEAST) * verdict.before else "not shrunk"
     if false:
-        verdict.status, verdict.detail = "untrue", f"exact, but {len(false)} attributes: {'; '.join(false[:3])}"
+        verdict.status, verdict.detail = (
+            "untrue",
+            f"exact, but {len(false)} attributes: {'; '.join(false[:3])}",
+        )
 
 
 @contextmanager

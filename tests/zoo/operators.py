@@ -1,8 +1,10 @@
-"""torchvision beside a torch that its compiled operators do not fit: what its models call, in plain Python."""
+"""torchvision beside a torch that its compiled operators do not fit: what its models call, in Python."""
 
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,18 +17,23 @@ _ALIGN = (
 
 
 def import_torchvision() -> None:
-    """Import torchvision; where its operators are missing, declare them with plain implementations."""
+    """Import torchvision, if it is there; where operators are missing, declare them with plain ones."""
+    if find_spec("torchvision") is None:
+        return
     try:
         import_module("torchvision")
     except RuntimeError:  # "operator torchvision::nms does not exist"
         for name in ("nms", "qnms"):
             torch.library.define(f"torchvision::{name}", _BOXES)
         import_module("torchvision")
-    if not torch._C._dispatch_has_kernel("torchvision::nms"):
-        torch.library.impl("torchvision::nms", "CompositeImplicitAutograd", nms)
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("torchvision::nms", "CPU"):
+        torch.library.impl("torchvision::nms", "CPU", nms)
     if not hasattr(torch.ops.torchvision, "roi_align"):
         torch.library.define("torchvision::roi_align", _ALIGN)
-        torch.library.impl("torchvision::roi_align", "CompositeImplicitAutograd", roi_align)
+        torch.library.impl("torchvision::roi_align", "CPU", roi_align)
+        torch.library.register_autograd(
+            "torchvision::roi_align", _align_backward, setup_context=_align_context
+        )
     extension = import_module("torchvision.extension")
     extension._HAS_OPS = True
     extension._has_ops = lambda: True
@@ -49,7 +56,7 @@ def nms(dets: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
 
 def roi_align(
-    input: Tensor,
+    image: Tensor,
     rois: Tensor,
     spatial_scale: float,
     pooled_height: int,
@@ -67,11 +74,22 @@ def roi_align(
         height = y1 - y0 if aligned else (y1 - y0).clamp(min=1)
         xs = x0 + (torch.arange(pooled_width * samples) + 0.5) * width / (pooled_width * samples)
         ys = y0 + (torch.arange(pooled_height * samples) + 0.5) * height / (pooled_height * samples)
-        values = _bilinear(input[int(roi[0])], ys, xs)
+        values = _bilinear(image[int(roi[0])], ys, xs)
         parts.append(values.unflatten(2, (-1, samples)).unflatten(1, (-1, samples)).mean((2, 4)))
     if not parts:
-        return input.new_zeros(0, input.shape[1], pooled_height, pooled_width)
+        return image.new_zeros(0, image.shape[1], pooled_height, pooled_width)
     return torch.stack(parts)
+
+
+def _align_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.image, ctx.rois, ctx.rest = inputs[0].detach(), inputs[1].detach(), inputs[2:]
+
+
+def _align_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    with torch.enable_grad():
+        image = ctx.image.requires_grad_()
+        (out,) = torch.autograd.grad(roi_align(image, ctx.rois, *ctx.rest), image, grad)
+    return (out, *[None] * 6)
 
 
 def _bilinear(image: Tensor, ys: Tensor, xs: Tensor) -> Tensor:

@@ -10,13 +10,13 @@ from zoo.judge import Verdict
 
 HEAD = """# What is covered
 
-Every network below is built with random weights and pruned at ratio 0.5 by one call with no hints. Its result is
-compared in float64 with the original in which the removed weights are zero, and norms over a pruned dimension
-take their statistics over what is left. `make zoo` repeats this and writes this page.
+Every network below is built with random weights and pruned at ratio 0.5 by one call with no hints. Its
+result is compared in float64 with the original in which the removed weights are zero, and norms over a pruned
+dimension take their statistics over what is left. `make zoo` repeats this and writes this page.
 
-- **exact**: both agree to 1e-9 relative, at least 10 % of the parameters are gone, output shapes are the same,
-  gradients in train mode are finite, and attributes and configurations say what the shapes say; language models
-  still generate.
+- **exact**: both agree to 1e-9 relative, at least 10 % of the parameters are gone, output shapes are the
+  same, gradients in train mode are finite, attributes and configurations say what the shapes say; language
+  models still generate. `+heads` cases remove half of the heads instead.
 - **untrue**: the same, but an attribute or a configuration does not follow.
 - **not shrunk**: exact, but less than 10 % of the parameters could go.
 - **refused**: nothing was cut, the error says why.
@@ -29,7 +29,7 @@ def page(verdicts: Sequence[Verdict]) -> str:
     """Write the page."""
     parts = [HEAD, *_summary(verdicts), "## Cases\n", *_table(verdicts), "\n## Why dimensions stay\n"]
     parts.append(
-        "Parameter dimensions of which no position can go, by the operation at the root. `*` stands for any number.\n"
+        "Parameter dimensions of which no position can go, by the operation at the root; `*` is any number.\n"
     )
     for v in verdicts:
         reasons = list(_reasons(v))
@@ -66,8 +66,8 @@ def _escaped(text: str) -> str:
 def root(reason: str) -> str:
     """Name the operation at the root of an explanation, numbers in module paths replaced.
 
-    >>> root(": 0 of 8 positions can be removed. 8 stay: read: numel in h.0.k (a.py:3) <- paired: add in h.0 (b.py:1)")
-    'read: numel in h.*.k (a.py:3)'
+    >>> root(": 0 of 8 positions can be removed. 8 stay: numel in h.0.k (a.py:3) <- paired: add (b.py:1)")
+    'numel in h.*.k (a.py:3)'
     """
     text = reason.partition(" stay: ")[2] or reason.lstrip(": ")
     text = text.partition(" <- ")[0]

@@ -9,10 +9,13 @@ from collections import Counter
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its names are plain words
+from zoo.operators import import_torchvision  # noqa: E402
 
-from zoo.catalogue import matching
-from zoo.judge import Verdict
-from zoo.server import Server
+import_torchvision()  # lightning imports it where it finds one, so it comes first
+
+from zoo.catalogue import matching  # noqa: E402
+from zoo.judge import Verdict  # noqa: E402
+from zoo.server import Server  # noqa: E402
 
 
 def line(v: Verdict) -> str:

@@ -1,4 +1,4 @@
-"""The architectures of other libraries: pruned by half with one call, exact by the judge or refused with a reason."""
+"""The architectures of other libraries: pruned by half with one call, exact or refused with a reason."""
 
 from __future__ import annotations
 

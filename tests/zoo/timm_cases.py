@@ -9,7 +9,7 @@ from torch import nn
 from zoo.cases import ZooCase, draw
 from zoo.operators import import_torchvision
 
-# module: smallest variant by parameters, size of the square image (its own where that is fixed, else a small one)
+# Smallest variant by parameters of each module, and the size of the square image.
 SMALLEST = {
     "beit": ("beit_base_patch16_224", 64),
     "byoanet": ("halonet_h1", 256),
@@ -112,12 +112,39 @@ SMALLEST = {
 }
 
 # modules whose networks are built for one size of image
-SIZED = """
-    beit cait coat convit deit efficientformer_v2 efficientvit_msra eva
-    gcvit hiera levit maxxvit mlp_mixer mvitv2 nest pit
-    sequencer swiftformer swin_transformer swin_transformer_v2 swin_transformer_v2_cr tnt twins visformer
-    vision_transformer vision_transformer_hybrid vision_transformer_relpos vision_transformer_sam vitamin volo xcit
-""".split()
+SIZED = [
+    "beit",
+    "cait",
+    "coat",
+    "convit",
+    "deit",
+    "efficientformer_v2",
+    "efficientvit_msra",
+    "eva",
+    "gcvit",
+    "hiera",
+    "levit",
+    "maxxvit",
+    "mlp_mixer",
+    "mvitv2",
+    "nest",
+    "pit",
+    "sequencer",
+    "swiftformer",
+    "swin_transformer",
+    "swin_transformer_v2",
+    "swin_transformer_v2_cr",
+    "tnt",
+    "twins",
+    "visformer",
+    "vision_transformer",
+    "vision_transformer_hybrid",
+    "vision_transformer_relpos",
+    "vision_transformer_sam",
+    "vitamin",
+    "volo",
+    "xcit",
+]
 
 # repeats of one block that would only cost time and memory
 SHALLOW = ("beit", "deepseek_vit", "gemma4_vit", "naflexvit", "qwen3_vit")

@@ -1,4 +1,4 @@
-"""torchvision: one size of every family of classification, segmentation, detection, video and optical flow."""
+"""torchvision: one size of every family: classification, segmentation, detection, video, optical flow."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _IMAGES = {
     "efficientnet_b0": 64,
     "efficientnet_v2_s": 64,
     "googlenet": 64,
-    "inception_v3": 96,
-    "maxvit_t": 64,
+    "inception_v3": 299,
+    "maxvit_t": 224,
     "mnasnet0_5": 64,
     "mobilenet_v2": 64,
     "mobilenet_v3_small": 64,
@@ -48,9 +48,9 @@ _VIDEOS = {
     "r3d_18": (4, 32),
     "mc3_18": (4, 32),
     "r2plus1d_18": (4, 32),
-    "s3d": (16, 64),
-    "mvit_v1_b": (8, 64),
-    "mvit_v2_s": (8, 64),
+    "s3d": (16, 224),
+    "mvit_v1_b": (16, 224),
+    "mvit_v2_s": (16, 224),
     "swin3d_t": (4, 64),
 }
 _DETECTORS = (
@@ -66,13 +66,6 @@ _DETECTORS = (
     "ssd300_vgg16",
     "ssdlite320_mobilenet_v3_large",
 )
-# networks that are built for one size of input
-_SIZED: dict[str, dict[str, Any]] = {
-    "maxvit_t": {"input_size": (64, 64), "partition_size": 2},
-    "vit_b_32": {"image_size": 64},
-    "mvit_v1_b": {"spatial_size": (64, 64), "temporal_size": 8},
-    "mvit_v2_s": {"spatial_size": (64, 64), "temporal_size": 8},
-}
 _FLOWS = ("raft_small", "raft_large")
 
 
@@ -86,12 +79,18 @@ def _classifier(name: str) -> nn.Module:
     extra: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     if name in _DETECTORS or "deeplab" in name or "fcn" in name or "lraspp" in name:
         extra["weights_backbone"] = None
-    return _build(name, **extra, **_SIZED.get(name, {}))
+    return _build(name, **extra)
 
 
 def _detector(name: str) -> nn.Module:
-    sizes: dict[str, Any] = {} if name.startswith("ssd") else {"min_size": 96, "max_size": 128}
-    return _build(name, weights_backbone=None, **sizes)
+    """Few candidates and no threshold: random weights would find nothing, and nothing equals nothing."""
+    if name.startswith(("fasterrcnn", "maskrcnn", "keypointrcnn")):
+        few = {"rpn_pre_nms_top_n_test": 40, "rpn_post_nms_top_n_test": 12, "box_detections_per_img": 10}
+        few |= {"box_score_thresh": 0.0, "min_size": 96, "max_size": 128}
+    else:
+        few = {"score_thresh": 0.0, "topk_candidates": 20, "detections_per_img": 10}
+        few |= {} if name.startswith("ssd") else {"min_size": 96, "max_size": 128}
+    return _build(name, weights_backbone=None, **few)
 
 
 def _picture() -> tuple[list[Tensor]]:
@@ -118,7 +117,10 @@ def _case(name: str, build: Callable[[str], nn.Module], inputs: Callable[[], Any
 
 TORCHVISION = [
     *(_case(name, _classifier, partial(draw, 2, 3, size, size)) for name, size in _IMAGES.items()),
-    *(_case(name, _classifier, partial(draw, 2, 3, n, size, size)) for name, (n, size) in _VIDEOS.items()),
+    *(
+        _case(name, _classifier, partial(draw, 1 if size > 64 else 2, 3, n, size, size))
+        for name, (n, size) in _VIDEOS.items()
+    ),
     *(
         _case(name, _detector, _picture, train_inputs=partial(_pictures_and_targets, name))
         for name in _DETECTORS

@@ -36,23 +36,28 @@ def _config(dense: Any, pruned: Any) -> list[str]:
     ]
 
 
-def _layer(module: nn.Module) -> list[str]:
-    pairs: list[tuple[str, int, int]] = []
+def _layer(module: Any) -> list[str]:
     weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return []
+    said: dict[str, int] = {}
     if isinstance(module, nn.Linear):
-        pairs = [("out_features", module.out_features, weight.shape[0]), ("in_features", module.in_features, weight.shape[1])]
+        said = {"out_features": weight.shape[0], "in_features": weight.shape[1]}
     elif isinstance(module, _CONVOLUTIONS):
-        inward = weight.shape[1] * module.groups
-        pairs = [("out_channels", module.out_channels, weight.shape[0]), ("in_channels", module.in_channels, inward)]
+        said = {"out_channels": weight.shape[0], "in_channels": weight.shape[1] * module.groups}
     elif isinstance(module, nn.Embedding):
-        pairs = [("embedding_dim", module.embedding_dim, weight.shape[1])]
-    elif isinstance(module, nn.modules.batchnorm._NormBase) and isinstance(weight, Tensor):
-        pairs = [("num_features", module.num_features, len(weight))]
-    elif isinstance(module, nn.GroupNorm) and isinstance(weight, Tensor):
-        pairs = [("num_channels", module.num_channels, len(weight))]
-    elif isinstance(module, nn.LayerNorm) and isinstance(weight, Tensor):
-        return [] if tuple(module.normalized_shape) == tuple(weight.shape) else ["normalized_shape is not the weight's"]
-    return [f"{name} is {said}, the weight says {is_}" for name, said, is_ in pairs if said != is_]
+        said = {"embedding_dim": weight.shape[1]}
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        said = {"num_features": len(weight)}
+    elif isinstance(module, nn.GroupNorm):
+        said = {"num_channels": len(weight)}
+    elif isinstance(module, nn.LayerNorm) and tuple(module.normalized_shape) != tuple(weight.shape):
+        return ["normalized_shape is not the shape of the weight"]
+    return [
+        f"{name} is {getattr(module, name)}, the weight says {size}"
+        for name, size in said.items()
+        if getattr(module, name) != size
+    ]
 
 
 @torch.no_grad()

@@ -16,19 +16,26 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its names are plain words
 
-import torch
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")
 
-from zoo.catalogue import CASES
-from zoo.judge import Verdict, judge
-from zoo.operators import import_torchvision
+from zoo.operators import import_torchvision  # noqa: E402
+
+import_torchvision()  # lightning imports it where it finds one, so it comes first
+
+from zoo.catalogue import CASES  # noqa: E402
+from zoo.judge import Verdict, judge  # noqa: E402
 
 _LIBRARIES = {
     "hard_ops": ("scipy.optimize", "scipy.sparse.csgraph"),
     "timm": ("timm",),
-    "huggingface": ("transformers.modeling_utils", "transformers.generation.utils", "transformers.pytorch_utils"),
+    "huggingface": (
+        "transformers.modeling_utils",
+        "transformers.generation.utils",
+        "transformers.pytorch_utils",
+    ),
 }
 WALL = 1800  # seconds that a case may take in all, on a busy machine
 HARD = 16 * 2**30
@@ -58,8 +65,6 @@ def answer(name: str) -> Verdict:
 def warm(name: str) -> None:
     """Import a case's library here, once for all of its cases."""
     library = name.partition("/")[0]
-    if library != "hard_ops":
-        import_torchvision()
     for module in _LIBRARIES.get(library, ()):
         import_module(module)
 
