@@ -195,7 +195,7 @@ class Ledger:
     def axis(self, label: Label, dim: int) -> int:
         """Number of the axis that a label stands for."""
         rows = along(label, dim)
-        key = hash(rows.tobytes())
+        key = hash((rows.shape, rows.tobytes()))
         if key not in self._axis_of:
             self._axis_of[key] = len(self.axes)
             rows = np.unique(rows, axis=0) if len(rows) > 1 else rows

@@ -111,11 +111,22 @@ def squeeze(t: Tracer, a: Arguments, out: Tensor) -> None:
 
 @rule("expand")
 def expand(t: Tracer, a: Arguments, out: Tensor) -> None:
-    """Repeat dimensions of length 1 without a copy."""
+    """Repeat dimensions of length 1: they get atoms of their own, which tie where they meet others."""
     x = a["self"]
     new = out.ndim - x.ndim
     order: list[int | None] = [None] * new + list(range(x.ndim))
     move_axes(t, x, out, lambda label: label.reshape((1,) * new + label.shape), order)
+    tags = t.tags(out)
+    dims = list(tags.dims)
+    for d in range(out.ndim):
+        if out.shape[d] > 1 and (d < new or x.shape[d - new] == 1):
+            shape = [1] * out.ndim
+            shape[d] = -1
+            dims[d] = t.ledger.stretch(out.shape[d]).reshape(shape)
+    t.put(
+        out,
+        Tags(tuple(dims), tags.zero if len(tags.zero) == out.ndim else (False,) * out.ndim, tags.statistics),
+    )
 
 
 @rule("select")
@@ -196,7 +207,7 @@ def split(t: Tracer, a: Arguments, out: Sequence[Tensor]) -> None:
 @rule("cat", "concat", "concatenate")
 def cat(t: Tracer, a: Arguments, out: Tensor) -> None:
     """Put labels one behind the other; the other dimensions tie."""
-    pieces = [x for x in a["tensors"] if x.ndim == out.ndim]
+    pieces = [x for x in a["tensors"] if x.ndim == out.ndim and 0 not in x.shape]
     dim = (a["dim"] or 0) % out.ndim
     tags = [t.tags(x) for x in pieces]
     dims: list[Label | None] = []

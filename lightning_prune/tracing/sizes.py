@@ -106,21 +106,10 @@ def shape_list(x: Tensor, stop: int) -> list[int]:
 
 @function_rule(Tensor.expand, Tensor.broadcast_to, torch.broadcast_to)
 def expand(t: Tracer, func: Run, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A tracked length makes atoms of its own; a literal one stays."""
+    """A dimension that grows to a literal length stays."""
     out: Tensor = func(x, *args, **kwargs)
     wanted = sizes_of(args) if args else list(kwargs.get("size", kwargs.get("sizes", ())))
     t.begin("expand")
-    tags = t.tags(out)
-    dims = list(tags.dims)
-    grown = []
-    for d, value in enumerate(wanted):
-        own = d - out.ndim + x.ndim
-        is_grown = out.shape[d] > 1 and (own < 0 or x.shape[own] == 1)
-        if is_grown and isinstance(value, Size):
-            dims[d] = place(t.ledger.stretch(out.shape[d]), out.ndim, d)
-            grown.append(d)
-    if grown:
-        t.put(out, Tags(tuple(dims), tags.zero, tags.statistics))
     check_sizes(t, wanted, out)
     return out
 

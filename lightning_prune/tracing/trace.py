@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -80,15 +80,26 @@ def trace(
     follow_modules(tracer, twin)
     if prepare is not None:
         prepare(tracer, twin)
+    pick = output_transform or (lambda outputs: outputs)
     with undisturbed():
-        outputs = _run(tracer, twin, example_inputs, forward_fn)
-        picked = outputs if output_transform is None else output_transform(outputs)
-    tracer.begin("output")
-    tracer.modules = [""]
-    for tensor in output_tensors(picked):
-        tracer.freeze_tensor(tensor, "an output of the model")
+        _freeze_outputs(tracer, pick(_run(tracer, twin, example_inputs, forward_fn)))
+        if _unused(tracer):  # layers that work in training alone, such as auxiliary classifiers
+            with suppress(TraceError):
+                _freeze_outputs(tracer, pick(_run(tracer, twin.train(), example_inputs, forward_fn)))
     _settle_parameters(tracer)
     return tracer
+
+
+def _freeze_outputs(tracer: Tracer, outputs: Any) -> None:
+    tracer.begin("output")
+    tracer.modules = [""]
+    for tensor in output_tensors(outputs):
+        tracer.freeze_tensor(tensor, "an output of the model")
+
+
+def _unused(tracer: Tracer) -> list[str]:
+    """Parameters that nothing has read yet."""
+    return [name for name in tracer.leaves if name not in tracer.touched and name not in tracer.ragged]
 
 
 def refuse_lazy(model: nn.Module) -> None:
@@ -131,11 +142,10 @@ def undisturbed() -> Iterator[None]:
 
 def _settle_parameters(tracer: Tracer) -> None:
     """Parameters that were never used stay; ragged columns that were also read whole are cut alike."""
-    for name, dims in tracer.leaves.items():
-        if name not in tracer.touched and name not in tracer.ragged:
-            tracer.op, tracer._site = name, None
-            for label in dims:
-                tracer.freeze(label, "never used while tracing")
+    for name in _unused(tracer):
+        tracer.op, tracer._site = name, None
+        for label in tracer.leaves[name]:
+            tracer.freeze(label, "never used while tracing")
     for name in tracer.whole & set(tracer.ragged):
         column = tracer.leaves[name][1]
         if column is not None:
