@@ -26,9 +26,8 @@ class Server:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._process is not None and self._process.stdin is not None:
-            self._process.stdin.close()
-            self._process.wait()
+        if self._process is not None:
+            self._process.communicate()  # ends its standard input, and so the process
 
     def verdict(self, name: str) -> Verdict:
         """Judge a case."""

@@ -12,13 +12,21 @@ from torch import Tensor, nn
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def false_attributes(dense: nn.Module, pruned: nn.Module, inputs: Any) -> list[str]:
-    """List what an attribute says that is not so."""
+def false_attributes(dense: nn.Module, pruned: nn.Module, inputs: Any, *, config: bool = True) -> list[str]:
+    """List what an attribute says that is not so.
+
+    Args:
+        dense: The model before the cut.
+        pruned: The model after it.
+        inputs: Example inputs of both.
+        config: Whether a Hugging Face ``config`` has to build the pruned shapes; many have no field for heads
+            narrower than ``hidden_size // num_attention_heads``.
+    """
     false = [f"{name}: {fault}" for name, module in pruned.named_modules() for fault in _layer(module)]
-    return false + _timm(dense, pruned, inputs) + _config(dense, pruned)
+    return false + _timm(dense, pruned, inputs) + (_config(pruned) if config else [])
 
 
-def _config(dense: Any, pruned: Any) -> list[str]:
+def _config(pruned: Any) -> list[str]:
     """A Hugging Face model can be built again from its ``config``, with the very shapes."""
     config = getattr(pruned, "config", None)
     if config is None or not hasattr(config, "to_dict"):
