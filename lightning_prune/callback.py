@@ -23,6 +23,7 @@ from lightning_prune.plan import Plan
 from lightning_prune.progress import Progress
 from lightning_prune.pruner import GroupNormPruner
 from lightning_prune.report import Target
+from lightning_prune.requests import check_ratio
 from lightning_prune.strategies import (
     averaged_copies,
     callbacks_of,
@@ -85,7 +86,7 @@ class StructuredPruning(Callback):
         options: PruningOptions | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.pruning_ratio = _ratio(pruning_ratio)
+        self.pruning_ratio = check_ratio("pruning_ratio", pruning_ratio)
         self.module = module
         self.sparse_start_epoch = _count("sparse_start_epoch", sparse_start_epoch, 0)
         self.start_epoch = _count("start_epoch", start_epoch, 0)
@@ -101,6 +102,7 @@ class StructuredPruning(Callback):
         self._restored: dict[str, Any] | None = None  # state that waits for a pruner
         self._base = Plan()  # what was cut before the live pruner was built
         self._cut_epoch: int | None = None
+        self._begun: int | None = None  # last epoch whose start was seen
         self._closes = True
         self._backwards = 0
         self._watch = GradientWatch(self.options.nan_policy)
@@ -142,7 +144,7 @@ class StructuredPruning(Callback):
         if stage == "fit":
             check_set_up(trainer, pl_module)
             point_out_neighbours(trainer)
-            self._cut_epoch = None
+            self._cut_epoch = self._begun = None
         for root in (pl_module, *averaged_copies(trainer)):
             prepare(root)
             if _has(root, self.module):  # configure_model may yet build it
@@ -167,7 +169,7 @@ class StructuredPruning(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        epoch = trainer.current_epoch
+        epoch = self._begun = trainer.current_epoch
         self._backwards = 0
         if epoch != self._cut_epoch and self.should_prune(epoch):
             if self.pruner is None:
@@ -179,6 +181,9 @@ class StructuredPruning(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if batch_idx == 0 and self._begun != trainer.current_epoch:
+            # Lightning leaves the start out when it resumes after the last step of the epoch before.
+            self.on_train_epoch_start(trainer, pl_module)
         if self.pruner is None:
             self._build_from_batch(trainer, pl_module, batch)
         self._closes = closes_accumulation(trainer, batch_idx)
@@ -371,14 +376,6 @@ class StructuredPruning(Callback):
 
 def _has(root: nn.Module, module: str | None) -> bool:
     return module is None or any(name == module for name, _ in root.named_modules(remove_duplicate=False))
-
-
-def _ratio(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise OptionError(
-            f"pruning_ratio must be a number in [0, 1), got {value!r}; 0.5 removes half of the units"
-        )
-    return float(value)
 
 
 def _count(name: str, value: Any, least: int) -> int:

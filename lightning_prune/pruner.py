@@ -32,6 +32,7 @@ Floats = npt.NDArray[np.float64]
 
 OF_THE_DENSE = ("budget", "in_channel_groups", "out_channel_groups", "num_heads")
 
+
 class GroupNormPruner:
     """Prunes groups of coupled channels and heads by their norm (it has nothing to do with ``nn.GroupNorm``).
 
@@ -263,16 +264,10 @@ class GroupNormPruner:
 
         Constructing one and calling ``load_state_dict`` does the same, but for options that speak of the
         dense model: a budget, or a number of heads. Those were checked when there still was one.
-
-        >>> net, x = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), torch.ones(1, 4)
-        >>> old = GroupNormPruner(net, x, budget={"params": 0.5})
-        >>> _ = old.step()
-        >>> GroupNormPruner.resume(net, x, old.state_dict(), budget={"params": 0.5}).current_step
-        1
         """
-        spoken_for = {name: options[name] for name in OF_THE_DENSE if name in options}
-        pruner = cls(model, example_inputs, **{k: v for k, v in options.items() if k not in spoken_for})
-        pruner.options = replace(pruner.options, **spoken_for)
+        later = {name: options[name] for name in OF_THE_DENSE if name in options}
+        pruner = cls(model, example_inputs, **{k: v for k, v in options.items() if k not in later})
+        pruner.options = replace(pruner.options, **later)
         pruner.load_state_dict(state)
         return pruner
 

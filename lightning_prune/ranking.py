@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_prune.errors import OptionError, PruneError
 from lightning_prune.groups import Group
 from lightning_prune.importance import IMPORTANCES, Evidence
-from lightning_prune.members import check_nan_policy, non_finite
+from lightning_prune.members import check_nan_policy, listed, non_finite
 from lightning_prune.normalizers import Normalizer, check_normalizer, normalize
 
 __all__ = ["UserImportance", "check_importance", "rank", "score"]

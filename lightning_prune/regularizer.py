@@ -161,27 +161,6 @@ class Regularizer:
             self.refresh()
         return self.reg / 2 * (self._gamma * self._scores).sum()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Give what the coming steps depend on besides the weights, as numbers and lists."""
-        held = {"gamma": self._gamma.tolist(), "scores": self._scores.tolist()}
-        return {"age": self._age, "skipped": int(self.skipped), **held}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the gammas of another regulariser of the same groups, until they are due.
-
-        Raises:
-            PruneError: If the state is of other groups.
-        """
-        found, expected = len(state["gamma"]), len(self._gamma)
-        if not found == len(state["scores"]) == expected:
-            raise PruneError(f"the regulariser's state is of {found} units, these groups have {expected}")
-        self._age, self.skipped = state["age"], torch.full_like(self.skipped, state["skipped"])
-        self._gamma, self._scores = (self._gamma.new_tensor(state[name]) for name in ("gamma", "scores"))
-        resting = torch.zeros_like(self._resting, dtype=self._dtype)
-        # A gamma is 2 to some power; 0 marks a group that rests.
-        self._resting = resting.index_add_(0, self._group_of, (self._gamma == 0).to(self._dtype)) > 0
-        self._set_factors(self._gamma)
-
     def check(self) -> None:
         """Look at what was found not finite since the last look. Waits for the device: call it when logging.
 
@@ -385,6 +364,26 @@ class Regularizer:
         updates = torch.split(joined.mul_(flat[: len(joined)]), sizes)
         pairs = [(g, u.view(g.shape)) for g, u in zip(live, updates, strict=True) if g is not None]
         return [g for g, _ in pairs], [u for _, u in pairs]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what the coming steps depend on besides the weights, as numbers and lists."""
+        held = {"gamma": self._gamma.tolist(), "scores": self._scores.tolist()}
+        return {"age": self._age, "skipped": int(self.skipped), **held}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the gammas of another regulariser of the same groups, until they are due.
+
+        Raises:
+            PruneError: If the state is of other groups.
+        """
+        if not len(state["gamma"]) == len(state["scores"]) == len(self._gamma):
+            raise PruneError(f"a state of {len(state['gamma'])} units, these groups have {len(self._gamma)}")
+        self._age, self.skipped = state["age"], torch.full_like(self.skipped, state["skipped"])
+        self._gamma, self._scores = (self._gamma.new_tensor(state[name]) for name in ("gamma", "scores"))
+        resting = torch.zeros_like(self._resting, dtype=self._dtype)
+        # A gamma is 2 to some power; 0 marks a group that rests.
+        self._resting = resting.index_add_(0, self._group_of, (self._gamma == 0).to(self._dtype)) > 0
+        self._set_factors(self._gamma)
 
 
 def _grad(parameter: Tensor) -> Tensor | None:

@@ -1,0 +1,112 @@
+"""Resuming where it is hard: between two refreshes of the regulariser, under a budget, after ``kill -9``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from resume_worker import train
+from test_callback import Net, Quiet, build, fit, pytestmark  # noqa: F401 - same filters
+from test_checkpoint_lightning import Cosine, Slow, digest, every_epoch, pruning
+from torch import nn
+
+from lightning_prune import GroupNormPruner
+from lightning_prune.errors import BudgetError, OptionError, PruneError
+
+WORKER = Path(__file__).with_name("resume_worker.py")
+X = torch.ones(2, 3, 5, 5)
+
+
+def test_resuming_between_two_refreshes_of_the_regulariser_gives_the_same_bits(tmp_path):
+    saver = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+    options = {"max_epochs": 3, "loader": Slow(), "enable_checkpointing": True}
+    whole = fit(build(Cosine), pruning(update_every=3), saver, **options)
+    for step in (1, 2, 3, 4, 5, 7, 8, 10):
+        path = tmp_path / f"step={step}.ckpt"
+        resumed = fit(build(Cosine), pruning(update_every=3), ckpt_path=path, max_epochs=3, loader=Slow())
+        assert digest(resumed) == digest(whole), f"from step {step}"
+
+
+def test_the_state_of_the_regulariser_is_of_one_set_of_groups():
+    net = Net()
+    pruner = GroupNormPruner(net, X)
+    pruner.regularizer.refresh()
+    state = pruner.state_dict()
+    state["regularizer"]["gamma"].pop()
+    with pytest.raises(PruneError, match="a state of 7 units, these groups have 8"):
+        GroupNormPruner.resume(net, X, state)
+
+
+def test_groups_that_rest_go_on_resting():
+    net = Net()
+    pruner = GroupNormPruner(net, X)
+    with torch.no_grad():
+        net.conv.weight[0] = float("nan")
+    with pytest.warns(UserWarning, match="NaN or infinity"):
+        pruner.regularize()
+    state = pruner.state_dict()
+    assert state["regularizer"]["skipped"] == 1
+    other = GroupNormPruner.resume(net, X, state)
+    assert other.regularizer.coefficients[0].tolist() == [0.0] * 8
+    assert other.state_dict() == state
+
+
+@pytest.mark.parametrize("budget", [{"params": 0.5}, {"macs": 0.5}])
+def test_a_budget_is_of_the_dense_network_after_a_resume_too(tmp_path, budget):
+    """Half of what is left of a pruned network would be another quarter, or out of reach."""
+
+    def callback():
+        options = {"budget": budget, "max_pruning_ratio": 0.5}
+        return Quiet(start_epoch=1, iterative_steps=3, options=options)
+
+    class Wide(Cosine):
+        def __init__(self):
+            super().__init__()
+            self.example_input_array = X
+
+    whole = fit(build(Wide), callback(), every_epoch(tmp_path), max_epochs=5, enable_checkpointing=True)
+    for epoch in range(4):
+        resumed = fit(build(Wide), callback(), ckpt_path=tmp_path / f"epoch={epoch}.ckpt", max_epochs=5)
+        assert digest(resumed) == digest(whole), f"from epoch {epoch}"
+    with pytest.raises(BudgetError):
+        GroupNormPruner(whole.lightning_module, X, budget=budget, max_pruning_ratio=0.1)
+
+
+def test_a_number_of_groups_is_of_the_dense_network_too():
+    """A depthwise convolution has as many groups as channels."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1, groups=8), nn.Conv2d(8, 2, 1))
+    options = {"out_channel_groups": {"1": 8}, "pruning_ratio": 0.5}
+    pruner = GroupNormPruner(net, X, **options)
+    pruner.step()
+    with pytest.raises(OptionError, match="8 was given for 1, the trace found 4"):
+        GroupNormPruner(net, X, **options)
+    resumed = GroupNormPruner.resume(net, X, pruner.state_dict(), **options)
+    assert (resumed.current_step, resumed.options) == (1, pruner.options)
+
+
+def start(*arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(WORKER), *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.timeout(300)
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
+    """Killed in the sparse epoch, then once more right before the third cut."""
+    expected = digest(train())
+    checkpoint = None
+    for last in (3, 12):
+        with start(tmp_path, 0.5, *([checkpoint] if checkpoint else [])) as victim:
+            assert any(line == f"{last}\n" for line in victim.stdout)
+            os.kill(victim.pid, signal.SIGKILL)
+        assert victim.returncode == -signal.SIGKILL
+        checkpoint = max(tmp_path.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+        assert checkpoint.name in (f"step={last}.ckpt", f"step={last - 1}.ckpt")
+    assert digest(train(ckpt_path=checkpoint)) == expected
