@@ -83,7 +83,7 @@ def trace(
     pick = output_transform or (lambda outputs: outputs)
     with undisturbed():
         _freeze_outputs(tracer, pick(_run(tracer, twin, example_inputs, forward_fn)))
-        if _unused(tracer):  # layers that work in training alone, such as auxiliary classifiers
+        if set(_unused(tracer)) - tracer.buffers:  # layers that work in training alone, such as auxiliary classifiers
             with suppress(TraceError):
                 _freeze_outputs(tracer, pick(_run(tracer, twin.train(), example_inputs, forward_fn)))
     _settle_parameters(tracer)
@@ -98,7 +98,7 @@ def _freeze_outputs(tracer: Tracer, outputs: Any) -> None:
 
 
 def _unused(tracer: Tracer) -> list[str]:
-    """Parameters that nothing has read yet."""
+    """Parameters and buffers that nothing has read yet."""
     return [name for name in tracer.leaves if name not in tracer.touched and name not in tracer.ragged]
 
 

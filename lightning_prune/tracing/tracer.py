@@ -73,6 +73,7 @@ class Tracer:
         self.leaves: dict[str, tuple[Label | None, ...]] = {}
         self.ragged: dict[str, Ints] = {}
         self.names: dict[int, str] = {}
+        self.buffers: set[str] = set()
         self.touched: set[str] = set()
         self.whole: set[str] = set()
         self.modules: list[str] = [""]
@@ -274,6 +275,7 @@ def label_tensors(tracer: Tracer, model: nn.Module) -> None:
             dims.append(tracer.ledger.new(shape) if size > 1 and followed else None)
         tracer.leaves[name] = tuple(dims)
         tracer.names[id(tensor)] = name
+        tracer.buffers |= set() if is_parameter else {name}
         is_zero = is_parameter or (not tensor.is_meta and not bool(tensor.any()))
         tracer.put(tensor, Tags(tuple(dims), (is_zero,) * tensor.ndim))
 
