@@ -83,7 +83,7 @@ def trace(
     pick = output_transform or (lambda outputs: outputs)
     with undisturbed():
         _freeze_outputs(tracer, pick(_run(tracer, twin, example_inputs, forward_fn)))
-        if set(_unused(tracer)) - tracer.buffers:  # layers that work in training alone, such as auxiliary classifiers
+        if set(_unused(tracer)) - tracer.buffers:  # layers that work in training alone: auxiliary heads
             with suppress(TraceError):
                 _freeze_outputs(tracer, pick(_run(tracer, twin.train(), example_inputs, forward_fn)))
     _settle_parameters(tracer)
