@@ -71,8 +71,9 @@ test-oldest: ## Run the fast tests with the oldest dependencies that pyproject.t
 zoo: $(VENV)/.zoo ## Prune the networks of timm, torchvision and transformers and compare each with its mask
 	$(WITH_ZOO) $(PYTEST) -n $(JOBS) -m "zoo or zoo_fast" tests
 
-bench: $(VENV)/.bench ## Measure time and memory
-	$(WITH_ZOO) $(PYTEST) -m bench tests
+bench: $(VENV)/.bench ## Measure time and memory and write docs/benchmarks.md (BENCH="--only step": that row alone)
+	$(WITH_ZOO) $(PYTEST) -m bench tests/benchmarks
+	$(WITH_ZOO) $(BIN)/python tests/benchmarks/bench.py $(BENCH)
 
 check: $(VENV)/.dev ## Check format, lint, types, spelling and the import arrows
 	$(BIN)/ruff format --check .

@@ -1,0 +1,66 @@
+"""The two libraries, asked for the same: half of every group by one criterion, classifier left alone."""
+
+from __future__ import annotations
+
+import warnings
+from importlib import import_module
+from typing import Any
+
+from benchmarks.subjects import LLAMA_HEADS, Subject
+from torch import nn
+
+from lightning_prune import GroupNormPruner
+
+RATIO = 0.5
+
+
+def ours(subject: Subject, model: nn.Module | None = None, **options: Any) -> GroupNormPruner:
+    """Make our pruner for the subject, or for a copy of its model."""
+    options = {"pruning_ratio": RATIO, "ignored_layers": [subject.head], **options}
+    return GroupNormPruner(model or subject.model, subject.inputs, **options)
+
+
+def theirs(subject: Subject, model: nn.Module | None = None) -> Any:
+    """Make Torch-Pruning's GroupNormPruner with the hints that its guide gives for such a model."""
+    library = import_module("torch_pruning")
+    model = model or subject.model
+    hints: dict[str, Any] = {}
+    if subject.name.startswith("llama"):
+        heads = {
+            m: LLAMA_HEADS for n, m in model.named_modules() if n.endswith(("q_proj", "k_proj", "v_proj"))
+        }
+        hints = {
+            "num_heads": heads,
+            "prune_num_heads": True,
+            "prune_head_dims": False,
+            "head_pruning_ratio": RATIO,
+            "output_transform": lambda out: out.logits.sum(),
+        }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of every parameter outside a known layer
+        return library.pruner.GroupNormPruner(
+            model,
+            subject.inputs,
+            importance=library.importance.GroupMagnitudeImportance(),
+            pruning_ratio=RATIO,
+            ignored_layers=[model.get_submodule(subject.head)],
+            **hints,
+        )
+
+
+def cannot(subject: Subject, model: nn.Module) -> str:
+    """Say why Torch-Pruning cannot prune this model; nothing if the pruned one runs. ``model`` is used up."""
+    before = sum(p.numel() for p in model.parameters())
+    try:
+        theirs(subject, model).step()
+        if hasattr(model, "conv_proj"):
+            model.hidden_dim = model.get_submodule(
+                "conv_proj"
+            ).out_channels  # torchvision's ViT keeps a size that nobody follows
+        model(subject.inputs)
+    except Exception as error:  # whatever it raises is the answer
+        return (
+            f"Torch-Pruning: {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+        )
+    left = sum(p.numel() for p in model.parameters()) / before
+    return "" if left < 0.9 else f"Torch-Pruning leaves {left:.0%} of the parameters"
