@@ -21,6 +21,7 @@ class ZooCase:
         inputs: Makes the example inputs: a tensor, a tuple or a dict of keyword arguments.
         train_inputs: Makes the inputs of the gradient check, where training needs others (targets).
         options: Options of the pruner beyond the ratio; the cases of the zoo proper have none.
+        counts: Whether dimension 0 of the outputs counts what was found, which the weights decide.
         generates: Whether ``generate()`` has to run after the cut.
     """
 
@@ -29,6 +30,7 @@ class ZooCase:
     inputs: Callable[[], Any]
     train_inputs: Callable[[], Any] | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    counts: bool = False
     generates: bool = False
 
 

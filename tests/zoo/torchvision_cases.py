@@ -122,7 +122,7 @@ TORCHVISION = [
         for name, (n, size) in _VIDEOS.items()
     ),
     *(
-        _case(name, _detector, _picture, train_inputs=partial(_pictures_and_targets, name))
+        _case(name, _detector, _picture, train_inputs=partial(_pictures_and_targets, name), counts=True)
         for name in _DETECTORS
     ),
     *(_case(name, _build, _pair) for name in _FLOWS),
