@@ -13,7 +13,39 @@ __all__ = ["PruningOptions"]
 
 @dataclass(frozen=True)
 class PruningOptions:
-    """Options of ``GroupNormPruner`` beyond ratio and steps; meanings in docs/options.md."""
+    """Options of ``GroupNormPruner`` beyond ratio and steps; examples are in docs/options.md.
+
+    A layer is named by the module, its name, a glob over names, or its type.
+
+    Args:
+        importance: How units are scored, by name or as a callable ``importance(group)``.
+        pruning_ratio_dict: Ratio per layer, in [0, 1), instead of the overall one.
+        max_pruning_ratio: Largest share to remove of any group, in [0, 1].
+        iterative_pruning_ratio_scheduler: Course of the ratio over the steps, by name or as a callable
+            ``scheduler(ratio, steps)``.
+        global_pruning: Rank the units of all groups together.
+        isomorphic: Rank the units of groups of equal structure together.
+        ignored_layers: Layers whose outputs stay whole.
+        round_to: Keep counts at multiples of it; None: any count.
+        in_channel_groups: Blocks of a layer's inputs, to be compared with those that the trace found.
+        out_channel_groups: Blocks of a layer's outputs, to be compared with those that the trace found.
+        num_heads: Attention heads per layer, to be compared with those that the trace found.
+        prune_num_heads: Remove whole heads.
+        prune_head_dims: Make heads narrower.
+        head_pruning_ratio: Share of the heads to remove, in [0, 1); needs ``prune_num_heads``.
+        head_pruning_ratio_dict: The same per layer.
+        customized_pruners: Rules for layers of your own, by layer.
+        unwrapped_parameters: Dimension of a bare parameter to prune, instead of the one the trace finds.
+        budget: ``{"macs": share}`` or ``{"params": share}`` of the dense network to keep, in (0, 1], instead
+            of the ratio.
+        normalizer: What brings scores of different groups to one scale, by name or as a callable.
+        include_bias: Count biases in scores and penalty.
+        reg: Strength of the sparsity penalty, >= 0.
+        alpha: The weakest unit is pressed ``2 ** alpha`` times as hard as the strongest, in [0, 64].
+        nan_policy: What non-finite numbers do: ``raise``, ``skip`` or ``zero``.
+        forward_fn: ``forward_fn(model, example_inputs)`` replaces the call of the model.
+        output_transform: Applied to the output of the traced forward.
+    """
 
     importance: str | Callable[..., Any] = "group_norm"
     pruning_ratio_dict: Mapping[Any, float] | None = None

@@ -13,6 +13,7 @@ from lightning_prune.groups import Graph, Place
 from lightning_prune.plan import Cut, Patch, Plan, Rewrite
 from lightning_prune.tracing.integers import mentions
 from lightning_prune.tracing.layers import ATTENTION, attention_values
+from lightning_prune.widths import stated_widths
 
 Bools = npt.NDArray[np.bool_]
 
@@ -49,7 +50,9 @@ def make_plan(model: nn.Module, graph: Graph, constraints: Constraints, keep: Bo
         for i in mentions(e.expr, "attr")
     )
     of_configs, _ = config_rewrites(model, plan.cuts, rewrites, used)
-    return Plan(plan.cuts, rewrites + of_configs, plan.patches, plan.sizes)
+    decided = frozenset((r.module, r.path) for r in rewrites + of_configs)
+    stated = tuple(stated_widths(model, plan.cuts, used, decided))
+    return Plan(plan.cuts, rewrites + of_configs + stated, plan.patches, plan.sizes)
 
 
 def _cut(place: Place, alive: Bools) -> Cut | None:

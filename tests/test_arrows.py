@@ -20,7 +20,7 @@ RANKS = (
     {"tracing"},
     {"groups"},
     # Groundwork of single stages: of scores, of selection, of plans, of the regulariser.
-    {"members", "normalizers", "demand", "counts", "equations", "naming", "layout", "configs"},
+    {"members", "normalizers", "demand", "counts", "equations", "naming", "layout", "configs", "widths"},
     {"importance", "schedules", "surgery", "optimizers", "regularizer", "cost"},
     # Scores made comparable; notes of a cut in the model; forwards timed in turns.
     {"ranking", "phase", "structure", "latency"},
