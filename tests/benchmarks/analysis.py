@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.clock import Job, Spread, in_turns, ratio
-from benchmarks.contenders import cannot, ours, theirs
+from benchmarks.contenders import cannot, our_groups, ours, their_groups, theirs
 from benchmarks.figure import Figure, Settings
 from benchmarks.subjects import ALL, Subject, build
 
@@ -17,14 +17,21 @@ LISTED = ("resnet50", "densenet121", "vit_b_16", "swin_t", "convnext_tiny", "lla
 
 
 def analysis(settings: Settings) -> Iterator[Figure]:
-    """Graph build and group listing: the construction of either pruner does both."""
+    """Graph build and one listing of groups, also where Torch-Pruning then cuts a model that cannot run."""
     for name in settings.pick(LISTED):
         subject = build(name, seed=settings.seed, device=settings.device)
-        jobs = {
-            "ours": partial(partial, ours, subject),
-            "theirs": partial(partial, theirs, subject),
+        note = cannot(subject, copy.deepcopy(subject.model))
+        jobs: dict[str, Callable[[], Job]] = {
+            "ours": partial(partial, our_groups, subject),
+            "theirs": partial(partial, their_groups, subject),
         }
-        yield _compare("analysis", "analysis, ours / theirs", subject, jobs, settings)
+        try:
+            their_groups(subject)
+        except Exception as error:  # whatever it raises is the answer
+            note = f"Torch-Pruning: {type(error).__name__}: {str(error)[:120]}"
+            del jobs["theirs"]
+        taken = in_turns(jobs, rounds=settings.rounds, device="cpu")
+        yield _compared("analysis", "analysis, ours / theirs", name, taken, limit=1.0, note=note)
 
 
 def step(settings: Settings) -> Iterator[Figure]:
@@ -37,7 +44,12 @@ def step(settings: Settings) -> Iterator[Figure]:
             return lambda: make(subject, copy.deepcopy(subject.model)).step
 
         jobs = {"ours": prepared(ours), "theirs": prepared(theirs)}
-        figure = _compare("step", "score, select, cut, certificate: ours / theirs", subject, jobs, settings)
+        reason = cannot(subject, copy.deepcopy(subject.model))
+        if reason:
+            del jobs["theirs"]
+        taken = in_turns(jobs, rounds=settings.rounds, device="cpu")
+        what = "score, select, cut, certificate: ours / theirs"
+        figure = _compared("step", what, name, taken, limit=None, note=reason)  # the mean is judged
         if figure.value is not None:
             ratios.append(figure.value.median)
         yield figure
@@ -47,15 +59,10 @@ def step(settings: Settings) -> Iterator[Figure]:
         yield Figure("step", "geometric mean", "the same, smallest to largest model", value, "x", 1.0)
 
 
-def _compare(
-    row: str, what: str, subject: Subject, jobs: Mapping[str, Callable[[], Job]], settings: Settings
+def _compared(
+    row: str, what: str, name: str, taken: Mapping[str, list[float]], *, limit: float | None, note: str
 ) -> Figure:
-    """Time both, or only ours where Torch-Pruning cannot prune the model."""
-    limit = 1.0 if row == "analysis" else None  # a step is judged by the geometric mean
-    reason = cannot(subject, copy.deepcopy(subject.model))
-    if reason:
-        jobs = {"ours": jobs["ours"]}
-    taken = in_turns(jobs, rounds=settings.rounds, device="cpu")
-    value = None if reason else ratio(taken["ours"], taken["theirs"])
-    times = {name: Spread.of(t).times(1e3) for name, t in taken.items()}
-    return Figure(row, subject.name, what, value, "x", limit, times, reason)
+    """Make the figure of two times, or of ours alone."""
+    value = ratio(taken["ours"], taken["theirs"]) if "theirs" in taken else None
+    times = {who: Spread.of(seconds).times(1e3) for who, seconds in taken.items()}
+    return Figure(row, name, what, value, "x", limit, times, note)

@@ -1,4 +1,4 @@
-"""Measure the promises of speed: ``python tests/benchmarks/bench.py [--only ROW] [--models A,B] [--rounds N]``."""
+"""Measure speed: ``python tests/benchmarks/bench.py [--only ROW] [--models A,B] [--rounds N]``."""
 
 from __future__ import annotations
 

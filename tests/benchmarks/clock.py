@@ -76,7 +76,7 @@ def _on_cpu(job: Job) -> float:
 
 
 def _on_cuda(job: Job) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     start.record()
     job()

@@ -10,6 +10,8 @@ from benchmarks.subjects import LLAMA_HEADS, Subject
 from torch import nn
 
 from lightning_prune import GroupNormPruner
+from lightning_prune.analysis import analyse
+from lightning_prune.groups import Group
 
 RATIO = 0.5
 
@@ -20,22 +22,22 @@ def ours(subject: Subject, model: nn.Module | None = None, **options: Any) -> Gr
     return GroupNormPruner(model or subject.model, subject.inputs, **options)
 
 
+def our_groups(subject: Subject) -> tuple[Group, ...]:
+    """Trace the subject and list its groups."""
+    return analyse(subject.model, subject.inputs).groups
+
+
 def theirs(subject: Subject, model: nn.Module | None = None) -> Any:
     """Make Torch-Pruning's GroupNormPruner with the hints that its guide gives for such a model."""
     library = import_module("torch_pruning")
     model = model or subject.model
-    hints: dict[str, Any] = {}
-    if subject.name.startswith("llama"):
-        heads = {
+    heads: dict[str, Any] = {}
+    if _is_language(subject):
+        sizes = {
             m: LLAMA_HEADS for n, m in model.named_modules() if n.endswith(("q_proj", "k_proj", "v_proj"))
         }
-        hints = {
-            "num_heads": heads,
-            "prune_num_heads": True,
-            "prune_head_dims": False,
-            "head_pruning_ratio": RATIO,
-            "output_transform": lambda out: out.logits.sum(),
-        }
+        heads = {"num_heads": sizes, "prune_num_heads": True, "prune_head_dims": False}
+        heads["head_pruning_ratio"] = RATIO
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns of every parameter outside a known layer
         return library.pruner.GroupNormPruner(
@@ -44,8 +46,29 @@ def theirs(subject: Subject, model: nn.Module | None = None) -> Any:
             importance=library.importance.GroupMagnitudeImportance(),
             pruning_ratio=RATIO,
             ignored_layers=[model.get_submodule(subject.head)],
-            **hints,
+            output_transform=_logits if _is_language(subject) else None,
+            **heads,
         )
+
+
+def their_groups(subject: Subject) -> list[Any]:
+    """Build Torch-Pruning's graph and list its groups once; its pruner lists them twice."""
+    library = import_module("torch_pruning")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph = library.DependencyGraph().build_dependency(
+            subject.model, subject.inputs, output_transform=_logits if _is_language(subject) else None
+        )
+    head = subject.model.get_submodule(subject.head)
+    return list(graph.get_all_groups(ignored_layers=[head], root_module_types=[nn.Conv2d, nn.Linear]))
+
+
+def _is_language(subject: Subject) -> bool:
+    return subject.name.startswith("llama")
+
+
+def _logits(output: Any) -> Any:
+    return output.logits.sum()
 
 
 def cannot(subject: Subject, model: nn.Module) -> str:

@@ -12,8 +12,8 @@ from benchmarks.figure import Figure
 
 HEAD = """# Benchmarks
 
-`make bench` repeats this and writes this page. Both libraries run in one process on the same model and inputs,
-in turns; a ratio is the median over the rounds of ours by theirs in that round, in brackets its quartiles.
+`make bench` repeats this and writes this page. Both libraries run in one process on the same model and inputs
+in turns. A ratio is the median over the rounds of ours by theirs in that round; in brackets its quartiles.
 Times are medians in milliseconds.
 """
 

@@ -19,7 +19,7 @@ def regularize(settings: Settings) -> Iterator[Figure]:
     for name in settings.pick(MODELS):
         subject = build(name, seed=settings.seed, device=settings.device).with_gradients()
         mine, other = ours(subject), theirs(subject)
-        jobs = {"ours": mine.regularize, "theirs": partial(other.regularize, subject.model)}
+        jobs: dict[str, Job] = {"ours": mine.regularize, "theirs": partial(other.regularize, subject.model)}
         times = _times(jobs, settings)
         yield _figure("regularize", subject, "regularize(), ours / theirs", times, ("ours", "theirs"), 0.1)
 

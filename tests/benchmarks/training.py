@@ -52,12 +52,12 @@ class Alternate(Callback):
         self._steps, self._since = 0, 0.0
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        now, active = perf_counter(), self.pruning in trainer.callbacks
+        now, active = perf_counter(), self.pruning in trainer.callbacks  # type: ignore[attr-defined]
         if self._steps >= WARM_UP:
             self.seconds[active].append(now - self._since)
         self._steps += 1
         if self._steps >= WARM_UP:
-            trainer.callbacks = [self] if active else [self.pruning, self]
+            trainer.callbacks = [self] if active else [self.pruning, self]  # type: ignore[attr-defined]
         self._since = perf_counter()
 
 
