@@ -1,0 +1,154 @@
+"""LightningCLI builds the callbacks from YAML and from the command line, and its help explains them."""
+
+from __future__ import annotations
+
+import pytest
+from lightning.pytorch.cli import LightningCLI
+from test_callback import CHANNELS, Plain, data, pytestmark  # noqa: F401 - same filters
+
+from lightning_prune import PrunedModelCheckpoint, PruningOptions, StructuredPruning
+
+QUIET = {
+    "logger": "false",
+    "accelerator": "cpu",
+    "enable_progress_bar": "false",
+    "enable_model_summary": "false",
+}
+
+
+class Model(Plain):
+    def __init__(self):
+        super().__init__()
+
+    def train_dataloader(self):
+        return data()
+
+
+class Pinned(LightningCLI):
+    """Knows the callback by a name of its own."""
+
+    def add_arguments_to_parser(self, parser):
+        parser.add_lightning_class_args(StructuredPruning, "prune")
+
+
+def start(*words, cls=LightningCLI, run=False):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["train.py", *(["fit"] if run else []), *words])
+        patch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's, not ours
+        return cls(Model, run=run, save_config_callback=None, seed_everything_default=0)
+
+
+def build(*words, **options):
+    cli = start(*words, *(f"--trainer.{name}={value}" for name, value in QUIET.items()), **options)
+    return cli, next(c for c in cli.trainer.callbacks if isinstance(c, StructuredPruning))
+
+
+def test_yaml_names_the_class_by_its_path(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        """
+trainer:
+  max_epochs: 1
+  enable_checkpointing: false
+  callbacks:
+    - class_path: lightning_prune.StructuredPruning
+      init_args:
+        pruning_ratio: 0.25
+        start_epoch: 0
+        options:
+          round_to: 2
+          ignored_layers: ["net.fc"]
+          pruning_ratio_dict: {net.conv: 0.5}
+"""
+    )
+    cli, callback = build(f"--config={file}", run=True)
+    assert callback.options == PruningOptions(
+        round_to=2, ignored_layers=["net.fc"], pruning_ratio_dict={"net.conv": 0.5}
+    )
+    assert cli.model.net.conv.out_channels == CHANNELS // 2
+    assert callback.report.result is None or callback.report.result.targets[0].asked == 0.25
+
+
+def test_the_command_line_knows_the_short_name():
+    _, callback = build(
+        "--trainer.callbacks+=StructuredPruning",
+        "--trainer.callbacks.pruning_ratio=0.25",
+        "--trainer.callbacks.iterative_steps=3",
+        "--trainer.callbacks.options.budget={macs: 0.5}",
+    )
+    assert (callback.pruning_ratio, callback.iterative_steps) == (0.25, 3)
+    assert callback.options == PruningOptions(ignored_layers=[], budget={"macs": 0.5})
+
+
+def test_a_command_line_of_its_own_may_pin_it():
+    _, callback = build("--prune.start_epoch=3", "--prune.options.round_to=4", cls=Pinned)
+    assert (callback.start_epoch, callback.options.round_to) == (3, 4)
+
+
+def test_the_neighbours_are_known_too(tmp_path):
+    cli, _ = build(
+        "--trainer.callbacks+=StructuredPruning",
+        "--trainer.callbacks+=PrunedModelCheckpoint",
+        "--trainer.callbacks.monitor=val_acc",
+        "--trainer.callbacks.per_level=true",
+        f"--trainer.callbacks.dirpath={tmp_path}",
+    )
+    saver = cli.trainer.checkpoint_callback
+    assert type(saver) is PrunedModelCheckpoint
+    assert (saver.monitor, saver.per_level) == ("val_acc", True)
+
+
+@pytest.mark.parametrize(
+    ("word", "text"),
+    [
+        ("pruning_ratio=much", "Expected a <class 'float'>. Got value: much"),
+        ("iterative_steps=1.5", "Expected a <class 'int'>. Got value: 1.5"),
+    ],
+)
+def test_a_wrong_word_is_refused_with_its_name(word, text, capsys):
+    with pytest.raises(SystemExit):
+        build("--trainer.callbacks+=StructuredPruning", f"--trainer.callbacks.{word}")
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "match"),
+    [
+        ("pruning_ratio=1.5", r"must be a number in \[0, 1\), got 1.5"),
+        ("options.round_too=8", "no field 'round_too'; the nearest are round_to"),
+    ],
+)
+def test_our_own_errors_come_through(word, match):
+    with pytest.raises(ValueError, match=match):
+        build("--trainer.callbacks+=StructuredPruning", f"--trainer.callbacks.{word}")
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "sentences"),
+    [
+        (
+            {},
+            ["--trainer.callbacks.help=StructuredPruning"],
+            [
+                "Prune a network while it trains",
+                "Share of the units of every group to remove by the last cut, in [0, 1). "
+                "(type: float, default: 0.5)",
+                "Epoch that begins with the first cut, 0-based. (type: int, default: 1)",
+                "(type: str | null, default: null)",
+            ],
+        ),
+        (
+            {"cls": Pinned},
+            ["--prune.options.help"],
+            ["Keep counts at multiples of it; None: any count.", "(type: int | null, default: null)"],
+        ),
+    ],
+    ids=["callback", "options"],
+)
+def test_help_says_what_every_argument_means(options, words, sentences, capsys):
+    with pytest.raises(SystemExit) as stop:
+        start(*words, **options)
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for sentence in sentences:
+        assert sentence in text
