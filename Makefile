@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 MANIFEST := pyproject.toml constraints.txt
 
 # The test files that hold a marker: runs of a few tests import only those, and there is no run where there are none.
-marked = $(shell grep -l 'mark\.$(1)\b' tests/test_*.py)
+marked = $(shell grep -l 'mark\.$(1)\b' tests/test_*.py tests/*/test_*.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all test-oldest zoo bench check format docs build lock clean
