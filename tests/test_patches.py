@@ -10,7 +10,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from lightning_prune.errors import PlanError
 from lightning_prune.patches import (

@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 import lightning_prune.surgery
 from lightning_prune.cutting import cut_tensor, set_tensor_data
