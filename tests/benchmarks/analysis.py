@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.clock import Job, Spread, in_turns, ratio
-from benchmarks.contenders import cannot, our_groups, ours, their_groups, theirs
+from benchmarks.contenders import cannot_list, cannot_prune, our_groups, ours, their_groups, theirs
 from benchmarks.figure import Figure, Settings
 from benchmarks.subjects import ALL, Subject, build
 
@@ -20,15 +20,13 @@ def analysis(settings: Settings) -> Iterator[Figure]:
     """Graph build and one listing of groups, also where Torch-Pruning then cuts a model that cannot run."""
     for name in settings.pick(LISTED):
         subject = build(name, seed=settings.seed, device=settings.device)
-        note = cannot(subject, copy.deepcopy(subject.model))
+        unlisted = cannot_list(subject)
+        note = unlisted or cannot_prune(subject)
         jobs: dict[str, Callable[[], Job]] = {
             "ours": partial(partial, our_groups, subject),
             "theirs": partial(partial, their_groups, subject),
         }
-        try:
-            their_groups(subject)
-        except Exception as error:  # whatever it raises is the answer
-            note = f"Torch-Pruning: {type(error).__name__}: {str(error)[:120]}"
+        if unlisted:
             del jobs["theirs"]
         taken = in_turns(jobs, rounds=settings.rounds, device="cpu")
         yield _compared("analysis", "analysis, ours / theirs", name, taken, limit=1.0, note=note)
@@ -44,7 +42,7 @@ def step(settings: Settings) -> Iterator[Figure]:
             return lambda: make(subject, copy.deepcopy(subject.model)).step
 
         jobs = {"ours": prepared(ours), "theirs": prepared(theirs)}
-        reason = cannot(subject, copy.deepcopy(subject.model))
+        reason = cannot_prune(subject)
         if reason:
             del jobs["theirs"]
         taken = in_turns(jobs, rounds=settings.rounds, device="cpu")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import signal
 import warnings
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -14,6 +18,7 @@ from lightning_prune.analysis import analyse
 from lightning_prune.groups import Group
 
 RATIO = 0.5
+PATIENCE = 60.0  # seconds: on windowed attention its lists of indices grow without end
 
 
 def ours(subject: Subject, model: nn.Module | None = None, **options: Any) -> GroupNormPruner:
@@ -71,19 +76,41 @@ def _logits(output: Any) -> Any:
     return output.logits.sum()
 
 
-def cannot(subject: Subject, model: nn.Module) -> str:
-    """Say why Torch-Pruning cannot prune this model; nothing if the pruned one runs. ``model`` is used up."""
+def cannot_list(subject: Subject) -> str:
+    """Say why Torch-Pruning cannot list the groups; nothing if it can."""
+    return _complaint(partial(their_groups, subject))
+
+
+def cannot_prune(subject: Subject) -> str:
+    """Say why Torch-Pruning cannot prune this model; nothing if the pruned one runs and is smaller."""
+    model = copy.deepcopy(subject.model)
     before = sum(p.numel() for p in model.parameters())
-    try:
+
+    def attempt() -> None:
         theirs(subject, model).step()
-        if hasattr(model, "conv_proj"):
-            model.hidden_dim = model.get_submodule(
-                "conv_proj"
-            ).out_channels  # torchvision's ViT keeps a size that nobody follows
+        if hasattr(model, "hidden_dim"):  # torchvision's ViT keeps a size there that nobody follows
+            model.hidden_dim = model.get_submodule("conv_proj").out_channels
         model(subject.inputs)
-    except Exception as error:  # whatever it raises is the answer
-        return (
-            f"Torch-Pruning: {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
-        )
+
+    reason = _complaint(attempt)
     left = sum(p.numel() for p in model.parameters()) / before
-    return "" if left < 0.9 else f"Torch-Pruning leaves {left:.0%} of the parameters"
+    return reason if reason or left < 0.9 else f"Torch-Pruning leaves {left:.0%} of the parameters"
+
+
+def _complaint(attempt: Callable[[], Any]) -> str:
+    """Name what the call raises, or that it takes longer than ``PATIENCE``."""
+    before = signal.signal(signal.SIGALRM, _out_of_patience)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+    try:
+        attempt()
+    except Exception as error:  # whatever it raises is the answer
+        first = str(error).partition("\n")[0]
+        return f"Torch-Pruning: {type(error).__name__}: {first[:120]}"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    return ""
+
+
+def _out_of_patience(*_: Any) -> None:
+    raise TimeoutError(f"more than {PATIENCE:.0f} s")
