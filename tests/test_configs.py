@@ -1,0 +1,303 @@
+"""Configs that models were built from: true after a cut, or left alone, and never another model's."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from nets import draw, randomise
+from torch import Tensor, nn
+
+from lightning_prune import GroupNormPruner, Plan, apply
+from lightning_prune.configs import config_rewrites, owners
+from lightning_prune.plan import Cut, Rewrite
+
+X = draw(4, 5)
+
+
+def prune(model: nn.Module, inputs: Any, **options: Any) -> Plan:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return GroupNormPruner(model, inputs, **options).step()
+
+
+@dataclass
+class Sizes:
+    """Hidden widths of a ``Stack``; ``depth`` is no width."""
+
+    width: int = 8
+    inner: int = 12
+    depth: int = 2
+    name: str = "stack"
+
+
+class Part(nn.Module):
+    """width -> inner -> width."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.inner = config.inner
+        self.up, self.down = nn.Linear(config.width, config.inner), nn.Linear(config.inner, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Stack(nn.Module):
+    """5 -> width -> parts -> 3, built from a config alone."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.enter = nn.Linear(5, config.width)
+        self.parts = nn.ModuleList(Part(config) for _ in range(config.depth))
+        self.leave = nn.Linear(config.width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        for part in self.parts:
+            x = part(x)
+        out: Tensor = self.leave(x)
+        return out
+
+
+def stack(config: Any = None) -> Stack:
+    return randomise(Stack(config or Sizes()), 0)
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {n: tuple(p.shape) for n, p in model.named_parameters()}
+
+
+def narrower(model: nn.Module, by: dict[str, int]) -> tuple[Cut, ...]:
+    """Cuts of ``{"tensor:dim": kept}``, the first indices kept."""
+    parameters = dict(model.named_parameters())
+    cuts = []
+    for at, kept in by.items():
+        tensor, dim = at.split(":")
+        cuts.append(Cut(tensor, int(dim), parameters[tensor].shape[int(dim)], tuple(range(kept))))
+    return tuple(cuts)
+
+
+# -- a config of one's own ------------------------------------------------------
+
+
+def test_a_config_is_true_after_a_cut() -> None:
+    model = stack()
+    prune(model, X)
+    assert model.config == Sizes(width=4, inner=6, depth=2, name="stack")
+    assert shapes(Stack(model.config)) == shapes(model)
+
+
+def test_what_was_copied_from_the_config_follows_it() -> None:
+    model = stack()
+    prune(model, X)
+    assert [part.inner for part in model.parts] == [6, 6]
+
+
+def test_the_original_config_object_is_not_touched() -> None:
+    config = Sizes()
+    model = stack(config)
+    prune(model, X)
+    assert config == Sizes()
+    assert model.config is not config
+
+
+def test_modules_of_one_model_go_on_sharing_their_config() -> None:
+    model = stack()
+    prune(model, X)
+    assert all(part.config is model.config for part in model.parts)
+
+
+def test_a_second_model_of_the_same_config_does_not_notice() -> None:
+    config = Sizes()
+    first, second = stack(config), stack(config)
+    want = second(X)
+    prune(first, X)
+    assert second.config is config
+    assert second.parts[0].config is config
+    assert torch.equal(second(X), want)
+    prune(second, X, pruning_ratio=0.25)
+    assert (first.config.width, second.config.width, config.width) == (4, 6, 8)
+
+
+def test_a_config_follows_a_second_cut() -> None:
+    model = stack()
+    pruner = GroupNormPruner(model, X, iterative_steps=2)
+    found = [pruner.step() and (model.config.width, model.config.inner) for _ in range(2)]
+    assert found == [(6, 9), (4, 6)]
+    fresh = stack()
+    apply(fresh, pruner.plan)
+    assert fresh.config == model.config
+
+
+def test_parts_of_unequal_width_leave_the_config() -> None:
+    """One ``inner`` cannot say 6 and 12."""
+    model = stack()
+    config = model.config
+    prune(model, X, ignored_layers=[model.parts[1].up])
+    assert model.parts[0].up.out_features == 6
+    assert model.parts[1].up.out_features == 12
+    assert config == Sizes()
+    assert model.config == Sizes()
+
+
+def test_a_config_whose_model_takes_more_than_a_config_is_left() -> None:
+    class Wider(Stack):
+        def __init__(self, config: Any, extra: int) -> None:
+            super().__init__(config)
+            self.extra = extra
+
+    model = randomise(Wider(Sizes(), 3), 0)
+    prune(model, X)
+    assert model.enter.out_features == 4
+    assert model.config == Sizes()
+
+
+# -- by hand ---------------------------------------------------------------------
+
+
+def test_rewrites_of_a_cut_made_by_hand() -> None:
+    model = stack(Sizes(depth=1))
+    cuts = narrower(model, {"parts.0.up.weight:0": 7, "parts.0.up.bias:0": 7, "parts.0.down.weight:1": 7})
+    out = Rewrite("parts.0.up", "out_features", 12, 7)
+    found, notes = config_rewrites(model, cuts, (out,), frozenset())
+    assert Rewrite("", "config.inner", 12, 7) in found
+    assert Rewrite("parts.0", "inner", 12, 7) in found
+    assert not [r for r in found if r.path in ("config.width", "config.depth")]
+    assert notes == ()
+
+
+def test_what_the_forward_uses_is_decided_elsewhere() -> None:
+    model = stack(Sizes(depth=1))
+    cuts = narrower(model, {"parts.0.up.weight:0": 7, "parts.0.up.bias:0": 7, "parts.0.down.weight:1": 7})
+    out = Rewrite("parts.0.up", "out_features", 12, 7)
+    found, _ = config_rewrites(model, cuts, (out,), frozenset({("parts.0", "inner")}))
+    assert ("parts.0", "inner") not in {(r.module, r.path) for r in found}
+
+
+def test_a_config_that_cannot_be_true_is_noted() -> None:
+    model = stack(Sizes(depth=2))
+    cuts = narrower(model, {"parts.0.up.weight:0": 7, "parts.0.up.bias:0": 7, "parts.0.down.weight:1": 7})
+    found, [note] = config_rewrites(model, cuts, (Rewrite("parts.0.up", "out_features", 12, 7),), frozenset())
+    assert found == ()
+    assert "config is left as it was" in note
+
+
+def test_nothing_is_said_of_a_config_that_no_cut_concerns() -> None:
+    assert config_rewrites(stack(), (), (), frozenset()) == ((), ())
+
+
+def test_owners_are_the_outermost_and_hold_objects() -> None:
+    inner, outer = nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    shared = SimpleNamespace(width=2)
+    outer.config, outer[0].config = shared, shared
+    outer[1].config = {"width": 2}
+    outer[2].config = SimpleNamespace(width=3)
+    assert [(name, config) for name, _, config in owners(outer)] == [("", shared), ("2", outer[2].config)]
+    inner.config = None
+    assert list(owners(inner)) == []
+
+
+# -- Hugging Face ------------------------------------------------------------------
+
+
+def ids() -> dict[str, Tensor]:
+    return {"input_ids": torch.tensor([[1, 5, 3], [7, 2, 2]])}
+
+
+@pytest.fixture
+def transformers() -> Any:
+    return pytest.importorskip("transformers")
+
+
+def llama(transformers: Any, config: Any = None) -> Any:
+    config = config or transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=11, max_position_embeddings=16, pad_token_id=0,
+    )  # fmt: skip
+    return randomise(transformers.LlamaForCausalLM(config), 0)
+
+
+def test_the_config_of_a_llama_is_true(transformers: Any) -> None:
+    model = llama(transformers)
+    prune(model, ids())
+    config = model.config
+    assert (config.hidden_size, config.intermediate_size, config.head_dim) == (8, 12, 2)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers) == (4, 2, 2)
+    assert shapes(transformers.LlamaForCausalLM(config)) == shapes(model)
+
+
+@pytest.mark.parametrize(
+    "head_dims",
+    [
+        False,
+        pytest.param(
+            True,
+            marks=pytest.mark.xfail(
+                strict=True, reason="no config says which rotary frequencies and what scale were kept"
+            ),
+        ),
+    ],
+    ids=["whole heads", "head dimensions cut"],
+)
+def test_a_llama_can_be_built_again_from_its_config(transformers: Any, head_dims: bool) -> None:
+    model = llama(transformers)
+    prune(model, ids(), prune_head_dims=head_dims)
+    config = model.config
+    again = transformers.LlamaForCausalLM(config).eval()
+    again.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(again(**ids()).logits, model(**ids()).logits)
+
+
+def test_the_config_that_a_llama_was_made_from_is_not_touched(transformers: Any) -> None:
+    first = llama(transformers)
+    config = first.config
+    before = copy.deepcopy(config.to_dict())
+    second = llama(transformers, config)
+    want = second(**ids()).logits
+    prune(first, ids())
+    assert config.to_dict() == before
+    assert second.config is config
+    assert first.config is not config
+    assert first.model.config is first.config
+    assert torch.equal(second(**ids()).logits, want)
+
+
+def test_a_llama_whose_heads_go_says_so(transformers: Any) -> None:
+    model = llama(transformers)
+    prune(model, ids(), pruning_ratio=0.0, prune_num_heads=True, head_pruning_ratio=0.5)
+    config = model.config
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (2, 1, 4)
+    assert shapes(transformers.LlamaForCausalLM(config)) == shapes(model)
+
+
+@pytest.mark.xfail(strict=True, reason="the decoder layers' hidden_size follows the heads, not the width")
+def test_the_layers_of_a_llama_know_their_width(transformers: Any) -> None:
+    """The backbone alone: its width is an output and stays."""
+    model = llama(transformers).model
+    prune(model, ids())
+    assert model.embed_tokens.embedding_dim == 16
+    assert model.config.hidden_size == 16
+    assert [layer.hidden_size for layer in model.layers] == [16, 16]
+
+
+def test_the_config_of_a_bert_is_left(transformers: Any) -> None:
+    """It has no head size of its own: with 4 heads of 2 in a width of 16 no value of it is true."""
+    config = transformers.BertConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, vocab_size=11,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    model = randomise(transformers.BertModel(config, add_pooling_layer=False), 0)
+    before = copy.deepcopy(config.to_dict())
+    plan = prune(model, ids())
+    assert model.encoder.layer[0].attention.self.query.out_features == 8
+    assert not [r for r in plan.rewrites if r.path.startswith("config.")]
+    assert model.config.to_dict() == before
