@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
@@ -52,7 +52,8 @@ def check_set_up(trainer: Trainer, pl_module: LightningModule) -> None:
             f"StructuredPruning was given a Trainer from {type(trainer).__module__}, whose classes are not "
             "those of lightning.pytorch; import Trainer and callbacks from lightning.pytorch"
         )
-    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+    supported = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+    if not supported or isinstance(trainer.strategy, DeepSpeedStrategy):  # a DDPStrategy by name alone
         raise StrategyError(
             f"StructuredPruning supports SingleDeviceStrategy and DDPStrategy, found "
             f"{type(trainer.strategy).__name__}, which keeps flattened or sharded copies of the parameters; "
