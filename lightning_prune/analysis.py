@@ -116,7 +116,9 @@ def certify(before: Analysis, after: Analysis, keep: Bools, plan: Plan) -> None:
     table, where = np.concatenate(pairs, axis=1), np.concatenate(owner)
     live = (table[0] != FROZEN) & (table[1] != FROZEN)
     table, where = table[:, live], where[live]
-    unique, first = np.unique(table, axis=1, return_index=True)
+    width = int(table[1].max(initial=0)) + 1
+    keys, first = np.unique(table[0] * width + table[1], return_index=True)
+    unique = np.divmod(keys, width)
     mixed = unique[0][1:][unique[0][1:] == unique[0][:-1]]
     if len(mixed):
         places = sorted({names[where[i]] for i in first[np.isin(unique[0], mixed)]})

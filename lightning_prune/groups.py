@@ -220,20 +220,14 @@ def _owning_parameters(reach: _Reach, places: tuple[Place, ...], n_classes: int)
 
 def _signatures(classes: Classes, reach: _Reach) -> tuple[Ints, Ints, Ints]:
     """Per removable class: its id, a hash of {places} and kind, and (first place, first position)."""
-    pairs = np.unique(np.stack([reach.element, reach.place]), axis=1)
+    width = int(reach.place.max()) + 1
+    pairs = np.divmod(np.unique(reach.element * width + reach.place), width)
     weight = np.random.default_rng(0).integers(1, 2**62, int(reach.place.max()) + 1)
     elements, start = np.unique(pairs[0], return_index=True)
     key = np.add.reduceat(weight[pairs[1]], start)
-    kind = (
-        np.array([KINDS.index(_kind(classes, int(e))) for e in elements])
-        if len(elements) < 64
-        else _kind_codes(classes, elements)
-    )
-    key = key * 3 + kind
-    first = np.full((len(elements), 2), -1, np.int64)
-    order = np.lexsort((reach.position, reach.place, reach.element))
-    head = np.searchsorted(reach.element[order], elements)
-    first[:, 0], first[:, 1] = reach.place[order][head], reach.position[order][head]
+    key = key * 3 + _kind_codes(classes, elements)
+    head = np.searchsorted(reach.element, elements)  # the table is in order of element, place, position
+    first = np.column_stack([reach.place[head], reach.position[head]])
     return elements, key, first
 
 

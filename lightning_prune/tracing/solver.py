@@ -138,8 +138,9 @@ def _equal_rows(row: Ints, leaf: Ints) -> list[tuple[Ints, Ints]]:
     live = (row != FROZEN) & (leaf != FROZEN)
     if not live.any():
         return []
-    pairs = np.unique(np.stack([row[live], leaf[live]]), axis=1)
-    weight = np.random.default_rng(0).integers(1, 2**62, int(pairs.max()) + 1)
+    width = int(leaf.max()) + 1
+    pairs = np.divmod(np.unique(row[live] * width + leaf[live]), width)
+    weight = np.random.default_rng(0).integers(1, 2**62, width)
     rows, start = np.unique(pairs[0], return_index=True)
     content = np.add.reduceat(weight[pairs[1]], start)
     order = np.argsort(content, kind="stable")
