@@ -97,6 +97,7 @@ def certify(before: Analysis, after: Analysis, keep: Bools, plan: Plan) -> None:
     Raises:
         CertificateError: If a class of the pruned model mixes several classes of the original.
     """
+    _same_numbers(before, after)
     classes = _expected(before, keep)
     old = {(p.tensor, p.dim): classes.of[_atoms(before, p)] for p in before.graph.places}
     kept = {(c.tensor, c.dim): c for c in plan.cuts}
@@ -126,6 +127,24 @@ def certify(before: Analysis, after: Analysis, keep: Bools, plan: Plan) -> None:
             f"The pruned model was to be a restriction of the original, but {len(np.unique(mixed))} of its "
             f"couplings join channels that were apart, in {', '.join(places[:6])}. The cut was undone; add "
             "these layers to ignored_layers and report the model, please."
+        )
+
+
+def _same_numbers(before: Analysis, after: Analysis) -> None:
+    """Plain numbers in the forward must not have followed a size."""
+    old, new = before.graph.tracer.scalars, after.graph.tracer.scalars
+    for (op, was, site), (op_now, now, _) in zip(old, new, strict=False):
+        if op != op_now or not np.allclose(was, now, rtol=1e-6, atol=0.0, equal_nan=True):
+            raise CertificateError(
+                f"A number that the forward computes with was to stay, but {list(was)} became {list(now)}: "
+                f"{site}. It is computed from a size that was cut. The cut was undone; compute the number once "
+                "in __init__ and read it from there, or add the layer to ignored_layers."
+            )
+    if len(old) != len(new):
+        raise CertificateError(
+            f"The pruned model takes another way through its forward: {len(old)} operations with plain numbers "
+            f"became {len(new)}. A branch depends on a size that was cut. The cut was undone; add the layers that "
+            "set this size to ignored_layers."
         )
 
 

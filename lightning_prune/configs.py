@@ -98,12 +98,31 @@ class _Solved:
         rebuilt = _built(module, _with(config, changed))
         if rebuilt is None or _shapes(rebuilt) != _shapes_after(module, prefix, cuts):
             return None
+        if _computes_otherwise(module, rebuilt, prefix, cuts):
+            return None
         copies = tuple(
             Rewrite(where, path, before, evaluate(expr, _no_axis, values))
             for (where, path), expr, before in relations
             if evaluate(expr, _no_axis, values) != before
         )
         return _Solved(changed, copies)
+
+
+def _computes_otherwise(module: nn.Module, rebuilt: nn.Module, prefix: str, cuts: tuple[Cut, ...]) -> bool:
+    """True if building from the new config would give other numbers than the pruned model keeps.
+
+    A scale that followed the head dimension, or frequencies that are made anew, would load without an error
+    and compute something else.
+    """
+    stored = set(module.state_dict(keep_vars=True))
+    if any(c.tensor.removeprefix(prefix) not in stored for c in cuts):
+        return True
+    mine = dict(module.named_modules())
+    for name, other in rebuilt.named_modules():
+        kept = vars(mine[name]) if name in mine else {}
+        if any(isinstance(v, float) and kept.get(k) != v for k, v in vars(other).items()):
+            return True
+    return False
 
 
 def _solve(equations: list[Relation], values: dict[int, int]) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_prune.plan import Cut, Rewrite
 
-STATED = ("num_features", "embed_dim", "head_hidden_size", "hidden_size", "feature_dim", "out_channels")
+STATED = ("num_features", "embed_dim", "head_hidden_size")
 
 
 def stated_widths(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType, FrameType
@@ -68,6 +68,7 @@ class Tracer:
         self.attributes: list[Attribute] = []
         self.equations: list[Equation] = []
         self.scaled: list[Scaled] = []
+        self.scalars: list[tuple[str, tuple[float, ...], Site]] = []
         self.work: list[Work] = []
         self.unknown: list[Unknown] = []
         self.leaves: dict[str, tuple[Label | None, ...]] = {}
@@ -167,6 +168,21 @@ class Tracer:
         if left != right:
             why = self.why("compared in the code")
             self.equations.append(Equation(("-", left, right), None, 0, why))
+
+    def note_scalars(self, values: Iterable[Any], *, whole_numbers: bool) -> None:
+        """Remember the plain numbers that an operation computes with.
+
+        Many a number computed from a size leaves no trace (``1.0 / n`` never asks ``n``), but it ends here:
+        after a cut the same numbers must come again.
+        """
+        found = tuple(
+            float(v)
+            for v in values
+            if isinstance(v, float)
+            or (whole_numbers and isinstance(v, int) and not isinstance(v, (bool, Size)))
+        )
+        if found:
+            self.scalars.append((self.op, found, self.site()))
 
     # -- where -------------------------------------------------------------------------------------
 
