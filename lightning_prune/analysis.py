@@ -137,14 +137,14 @@ def _same_numbers(before: Analysis, after: Analysis) -> None:
         if op != op_now or not np.allclose(was, now, rtol=1e-6, atol=0.0, equal_nan=True):
             raise CertificateError(
                 f"A number that the forward computes with was to stay, but {list(was)} became {list(now)}: "
-                f"{site}. It is computed from a size that was cut. The cut was undone; compute the number once "
-                "in __init__ and read it from there, or add the layer to ignored_layers."
+                f"{site}. It is computed from a size that was cut. The cut was undone; compute the number "
+                "once in __init__ and read it from there, or add the layer to ignored_layers."
             )
     if len(old) != len(new):
         raise CertificateError(
-            f"The pruned model takes another way through its forward: {len(old)} operations with plain numbers "
-            f"became {len(new)}. A branch depends on a size that was cut. The cut was undone; add the layers that "
-            "set this size to ignored_layers."
+            f"The pruned model takes another way through its forward: {len(old)} operations with plain "
+            f"numbers became {len(new)}. A branch depends on a size that was cut. The cut was undone; add "
+            "the layers that set this size to ignored_layers."
         )
 
 

@@ -291,7 +291,8 @@ class GroupNormPruner:
         self._dense = {str(k): int(v) for k, v in state["dense"].items()}
         self._head_dims = frozenset(state["head_dims"])
         self._evidence.generator.set_state(torch.tensor(list(bytes.fromhex(state["rng"])), dtype=torch.uint8))
-        self._adopt(self._analysis)
+        is_stale = any(self._shapes.get(name) != t.shape for name, t in self._tensors())
+        self._adopt(self._analyse() if is_stale else self._analysis)
         self._goal = self._targets(self.pruning_ratio)
         self._regularizer = None
         if state["regularizer"] is not None:

@@ -1,0 +1,49 @@
+"""Numbers that follow a size are refused with the model as it was; numbers that do not are cut."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_prune import CertificateError, GroupNormPruner
+
+
+class Scaled(nn.Module):
+    """Two linear layers and a number that may come from the width between them."""
+
+    def __init__(self, scale: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.scale = nn.Linear(5, 8), nn.Linear(8, 3), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.a(x))
+        return self.scale(self.b(h), h)
+
+
+FOLLOWING: dict[str, Any] = {
+    "divided by": lambda y, h: y * (1.0 / h.shape[1]),
+    "times": lambda y, h: y * (0.5 * h.shape[1]),
+    "branch": lambda y, h: y * 2 if h.shape[1] > 4 else y,
+    "tensor": lambda y, h: y / torch.tensor(2.0 ** h.shape[1]),
+    "length of range": lambda y, h: y * len(range(h.shape[1])),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWING)
+def test_a_number_that_follows_a_size_is_refused(name: str) -> None:
+    model = Scaled(FOLLOWING[name])
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CertificateError, match="size that was cut"):
+        GroupNormPruner(model, torch.randn(2, 5)).step()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_number_of_its_own_is_no_obstacle() -> None:
+    model = Scaled(lambda y, h: y * 0.5)
+    GroupNormPruner(model, torch.randn(2, 5)).step()
+    assert model.a.out_features == 4
