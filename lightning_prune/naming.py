@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,6 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from lightning_prune.errors import OptionError
-from lightning_prune.groups import Group
 
 Bools = npt.NDArray[np.bool_]
 
@@ -100,26 +99,3 @@ def _nothing(model: nn.Module, what: Any, option: str) -> str:
         else "matches no module or parameter"
     )
     return f"{option}: {shown!r} {kind} of {type(model).__name__}. Nearest names: {', '.join(near)}."
-
-
-def units_owned(groups: Iterable[Group], tensors: frozenset[str], count: int, *, outputs_only: bool) -> Bools:
-    """[n_units] True for units that reach into these tensors.
-
-    Args:
-        groups: All groups.
-        tensors: Names.
-        count: Number of units.
-        outputs_only: Leave out input dimensions (dim 1 of a weight of two or more dimensions whose dim 0
-            is labelled too), so that what feeds a named layer may still be pruned.
-    """
-    owned = np.zeros(count, bool)
-    for group in groups:
-        for m in group.members:
-            if m.tensor in tensors and not (outputs_only and is_input(m.tensor, m.dim)):
-                owned[group.units[m.unit]] = True
-    return owned
-
-
-def is_input(tensor: str, dim: int) -> bool:
-    """Dimension 1 of a weight holds the layer's input channels."""
-    return dim == 1 and tensor.rpartition(".")[2] not in ("bias",)

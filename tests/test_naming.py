@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_prune.errors import OptionError
 from lightning_prune.groups import Group, Member
-from lightning_prune.naming import is_input, is_named, tensors_named, type_named, units_owned
+from lightning_prune.naming import is_named, tensors_named, type_named
 
 
 class Block(nn.Module):
@@ -146,29 +146,3 @@ def groups() -> tuple[Group, ...]:
         Group("a.weight:0", "channel", np.array([0, 1, 2]), first, "x"),
         Group("b.weight:0", "channel", np.array([3, 4]), second, "y"),
     )
-
-
-@pytest.mark.parametrize(
-    ("tensors", "outputs_only", "expected"),
-    [
-        ({"a.weight"}, False, [0, 1, 2]),
-        ({"b.weight"}, False, [0, 1, 2, 3, 4]),
-        ({"b.weight"}, True, [3, 4]),
-        ({"b.bias"}, True, [4]),
-        ({"c.weight"}, True, []),
-        ({"c.weight"}, False, [3, 4]),
-        ({"a.bias", "b.bias"}, True, [0, 1, 2, 4]),
-        (set(), False, []),
-    ],
-    ids=str,
-)
-def test_units_owned(tensors: set[str], outputs_only: bool, expected: list[int]) -> None:
-    owned = units_owned(groups(), frozenset(tensors), 5, outputs_only=outputs_only)
-    assert np.flatnonzero(owned).tolist() == expected
-
-
-def test_inputs_are_the_columns_of_weights() -> None:
-    assert is_input("a.weight", 1)
-    assert not is_input("a.weight", 0)
-    assert not is_input("a.bias", 1)
-    assert not is_input("a.weight", 2)
