@@ -94,8 +94,6 @@ def rule_for(func: Any) -> Rule | None:
 
 def follow(t: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """Apply the rule of an operation that has just run."""
-    is_pointwise = rule_for(func) is RULES["pointwise"]
-    t.note_scalars((*args, *kwargs.values()), whole_numbers=is_pointwise)
     if t.op == "lift_fresh" and args[0].numel() <= SMALL and not args[0].is_meta:
         t.note_scalars(args[0].flatten().tolist(), whole_numbers=True)
     inputs = tensors_in((*args, *kwargs.values()))

@@ -22,6 +22,12 @@ from lightning_prune.tracing.labels import Ints, Label, Ledger, Site, Tags, opaq
 
 TAGS = "_lightning_prune_tags"
 _TORCH = str(Path(torch.__file__).parent)
+# What Python computes with whole numbers; C++ picks its own operations by size, which is no news.
+ARITHMETIC = frozenset(
+    f"{prefix}{name}"
+    for prefix in ("", "r", "i")
+    for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "pow", "mod", "remainder", "fmod")
+) | {"multiply", "divide", "subtract", "true_divide", "floor_divide", "full", "fill", "clamp"}
 _HERE = str(Path(__file__).parent.parent)
 
 
@@ -245,6 +251,9 @@ class Functions(TorchFunctionMode):
         tracer = self.tracer
         if tracer.paused:
             return func(*args, **kwargs)
+        name = getattr(func, "__name__", "").strip("_")
+        tracer.begin(name)
+        tracer.note_scalars((*args, *kwargs.values()), whole_numbers=name in ARITHMETIC)
         rule = self.rules.get(func)
         if rule is not None:
             tracer.begin(getattr(func, "__name__", str(func)))
