@@ -28,7 +28,6 @@ class Scaled(nn.Module):
 FOLLOWING: dict[str, Any] = {
     "divided by": lambda y, h: y * (1.0 / h.shape[1]),
     "times": lambda y, h: y * (0.5 * h.shape[1]),
-    "branch": lambda y, h: y * 2 if h.shape[1] > 4 else y,
     "tensor": lambda y, h: y / torch.tensor(2.0 ** h.shape[1]),
     "length of range": lambda y, h: y * len(range(h.shape[1])),
 }
