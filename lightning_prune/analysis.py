@@ -140,8 +140,8 @@ def _same_numbers(before: Analysis, after: Analysis) -> None:
         if again and not any(_equal(was, now) for now in again):
             raise CertificateError(
                 f"A number that the forward computes with was to stay, but {list(was)} became "
-                f"{list(again[0])}: {site}. It is computed from a size that was cut. The cut was undone; compute the number "
-                "once in __init__ and read it from there, or add the layer to ignored_layers."
+                f"{list(again[0])}: {site}. It is computed from a size that was cut. The cut was undone; "
+                "compute the number once in __init__ and read it from there, or add the layer to ignored_layers."
             )
 
 
