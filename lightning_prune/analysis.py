@@ -141,7 +141,8 @@ def _same_numbers(before: Analysis, after: Analysis) -> None:
             raise CertificateError(
                 f"A number that the forward computes with was to stay, but {list(was)} became "
                 f"{list(again[0])}: {site}. It is computed from a size that was cut. The cut was undone; "
-                "compute the number once in __init__ and read it from there, or add the layer to ignored_layers."
+                "compute the number once in __init__ and read it from there, or add the layer to "
+                "ignored_layers."
             )
 
 
