@@ -40,8 +40,8 @@ class Analysis:
         """[n_classes] that live when ``keep`` [n_units] stays."""
         return self.graph.alive_classes(keep)
 
-    def plan(self, keep: Bools) -> Plan:
-        """What is kept, as a Plan."""
+    def plan(self, keep: Bools) -> tuple[Plan, tuple[str, ...]]:
+        """What is kept, as a Plan, and what is to be said about configs."""
         return make_plan(self.model, self.graph, self.constraints, keep)
 
     def macs(self, keep: Bools) -> int:

@@ -63,6 +63,11 @@ def config_rewrites(
                 f"{prefix}config is left as it was: no values of its integers give the sizes that are kept"
             )
         else:
+            if not solved.is_whole:
+                notes.append(
+                    f"{prefix}config gives the sizes that are kept, but not the scales or frequencies: "
+                    "load the model through lightning_prune (load_pruned_state, apply), not from the config alone"
+                )
             found += [Rewrite(name, f"config.{k}", getattr(config, k), v) for k, v in solved.changed.items()]
             found += [
                 r for r in solved.copies if (r.module, r.path) not in used and (r.module, r.path) not in after
@@ -72,10 +77,17 @@ def config_rewrites(
 
 @dataclass(frozen=True)
 class _Solved:
-    """New integers of a config, and attributes that were copied from them."""
+    """New integers of a config, attributes that were copied from them, and whether they tell all.
+
+    Args:
+        changed: New values by name.
+        copies: Rewrites of attributes.
+        is_whole: False where building from the new config gives the sizes, but other numbers than are kept.
+    """
 
     changed: dict[str, int]
     copies: tuple[Rewrite, ...]
+    is_whole: bool
 
     @staticmethod
     def of(
@@ -98,14 +110,12 @@ class _Solved:
         rebuilt = _built(module, _with(config, changed))
         if rebuilt is None or _shapes(rebuilt) != _shapes_after(module, prefix, cuts):
             return None
-        if _computes_otherwise(module, rebuilt, prefix, cuts):
-            return None
         copies = tuple(
             Rewrite(where, path, before, evaluate(expr, _no_axis, values))
             for (where, path), expr, before in relations
             if evaluate(expr, _no_axis, values) != before
         )
-        return _Solved(changed, copies)
+        return _Solved(changed, copies, not _computes_otherwise(module, rebuilt, prefix, cuts))
 
 
 def _computes_otherwise(module: nn.Module, rebuilt: nn.Module, prefix: str, cuts: tuple[Cut, ...]) -> bool:

@@ -18,7 +18,9 @@ from lightning_prune.widths import stated_widths
 Bools = npt.NDArray[np.bool_]
 
 
-def make_plan(model: nn.Module, graph: Graph, constraints: Constraints, keep: Bools) -> Plan:
+def make_plan(
+    model: nn.Module, graph: Graph, constraints: Constraints, keep: Bools
+) -> tuple[Plan, tuple[str, ...]]:
     """Write down what is kept.
 
     Args:
@@ -26,9 +28,12 @@ def make_plan(model: nn.Module, graph: Graph, constraints: Constraints, keep: Bo
         graph: Its graph.
         constraints: Its constraints.
         keep: [n_units] True for units that stay.
+
+    Returns:
+        The plan, and what is to be said about configs.
     """
     if keep.all():
-        return Plan()
+        return Plan(), ()
     alive = graph.alive_classes(keep)
     cuts = tuple(cut for place in graph.places if (cut := _cut(place, alive)) is not None)
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
@@ -49,10 +54,10 @@ def make_plan(model: nn.Module, graph: Graph, constraints: Constraints, keep: Bo
         for e in graph.tracer.equations
         for i in mentions(e.expr, "attr")
     )
-    of_configs, _ = config_rewrites(model, plan.cuts, rewrites, used)
+    of_configs, notes = config_rewrites(model, plan.cuts, rewrites, used)
     decided = frozenset((r.module, r.path) for r in rewrites + of_configs)
     stated = tuple(stated_widths(model, plan.cuts, used, decided))
-    return Plan(plan.cuts, rewrites + of_configs + stated, plan.patches, plan.sizes)
+    return Plan(plan.cuts, rewrites + of_configs + stated, plan.patches, plan.sizes), notes
 
 
 def _cut(place: Place, alive: Bools) -> Cut | None:

@@ -150,8 +150,8 @@ class GroupNormPruner:
             )
             return Plan()
         choice = self._choose(self.current_step + 1)
-        plan = self._analysis.plan(choice.keep)
-        self.notes = choice.notes
+        plan, notes = self._analysis.plan(choice.keep)
+        self.notes = choice.notes + notes
         if dry_run:
             return plan
         capped = [note for note in choice.notes if "max_pruning_ratio" in note]

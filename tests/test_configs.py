@@ -227,29 +227,34 @@ def llama(transformers: Any, config: Any = None) -> Any:
 
 def test_the_config_of_a_llama_is_true(transformers: Any) -> None:
     model = llama(transformers)
-    prune(model, ids(), prune_head_dims=False)
+    prune(model, ids())
     config = model.config
-    assert (config.hidden_size, config.intermediate_size, config.head_dim) == (8, 12, 4)
+    assert (config.hidden_size, config.intermediate_size, config.head_dim) == (8, 12, 2)
     assert (config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers) == (4, 2, 2)
     assert shapes(transformers.LlamaForCausalLM(config)) == shapes(model)
 
 
-def test_a_llama_can_be_built_again_from_its_config(transformers: Any) -> None:
+@pytest.mark.parametrize(
+    "head_dims",
+    [
+        False,
+        pytest.param(
+            True,
+            marks=pytest.mark.xfail(
+                strict=True, reason="no config says which rotary frequencies and what scale were kept"
+            ),
+        ),
+    ],
+    ids=["whole heads", "head dimensions cut"],
+)
+def test_a_llama_can_be_built_again_from_its_config(transformers: Any, head_dims: bool) -> None:
     model = llama(transformers)
-    prune(model, ids(), prune_head_dims=False)
-    again = transformers.LlamaForCausalLM(model.config).eval()
+    prune(model, ids(), prune_head_dims=head_dims)
+    config = model.config
+    again = transformers.LlamaForCausalLM(config).eval()
     again.load_state_dict(model.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(again(**ids()).logits, model(**ids()).logits)
-
-
-def test_a_config_that_would_compute_otherwise_is_left(transformers: Any) -> None:
-    """No config says which rotary frequencies and what scale were kept: building from it would be wrong."""
-    model = llama(transformers)
-    before = copy.deepcopy(model.config.to_dict())
-    prune(model, ids())
-    assert model.model.layers[0].self_attn.head_dim == 2
-    assert model.config.to_dict() == before
 
 
 def test_the_config_that_a_llama_was_made_from_is_not_touched(transformers: Any) -> None:
@@ -258,7 +263,7 @@ def test_the_config_that_a_llama_was_made_from_is_not_touched(transformers: Any)
     before = copy.deepcopy(config.to_dict())
     second = llama(transformers, config)
     want = second(**ids()).logits
-    prune(first, ids(), prune_head_dims=False)
+    prune(first, ids())
     assert config.to_dict() == before
     assert second.config is config
     assert first.config is not config
