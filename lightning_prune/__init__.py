@@ -1,8 +1,6 @@
 """Structured pruning that makes networks really smaller and faster while they train."""
 
-from lightning_prune.callback import StructuredPruning
 from lightning_prune.checkpoint import PrunableMixin, load_from_checkpoint, load_pruned_state, prepare
-from lightning_prune.checkpointing import PrunedEarlyStopping, PrunedModelCheckpoint
 from lightning_prune.errors import (
     BudgetError,
     CertificateError,
@@ -19,7 +17,9 @@ from lightning_prune.errors import (
 from lightning_prune.options import PruningOptions
 from lightning_prune.plan import Plan
 from lightning_prune.pruner import GroupNormPruner
-from lightning_prune.surgery import apply
+from lightning_prune.surgery.applying import apply
+from lightning_prune.training.callback import StructuredPruning
+from lightning_prune.training.checkpointing import PrunedEarlyStopping, PrunedModelCheckpoint
 
 __version__ = "0.1.0.dev0"
 __all__ = [

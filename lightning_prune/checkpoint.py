@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from lightning_prune.cutting import set_tensor_data
 from lightning_prune.errors import CheckpointMismatchError, PlanError
 from lightning_prune.plan import Plan
-from lightning_prune.structure import (
+from lightning_prune.surgery.cutting import set_tensor_data
+from lightning_prune.surgery.structure import (
     ADVICE,
     Shapes,
     confirm,

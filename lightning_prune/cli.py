@@ -29,15 +29,15 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer, see
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_prune.callback import StructuredPruning
-from lightning_prune.cost import measure_cost
 from lightning_prune.errors import OptionError, PruneError
-from lightning_prune.example_inputs import Example, from_array, one_sample
-from lightning_prune.groups import Group
+from lightning_prune.graph.groups import Group
+from lightning_prune.measuring.cost import measure_cost
 from lightning_prune.plan import Plan
 from lightning_prune.pruner import GroupNormPruner
-from lightning_prune.strategies import callbacks_of
-from lightning_prune.surgery import apply
+from lightning_prune.surgery.applying import apply
+from lightning_prune.training.callback import StructuredPruning
+from lightning_prune.training.example_inputs import Example, from_array, one_sample
+from lightning_prune.training.strategies import callbacks_of
 
 __all__ = ["main"]
 

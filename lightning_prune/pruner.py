@@ -12,20 +12,28 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.analysis import Analysis, analyse, certify
-from lightning_prune.choosing import Choice, Chooser, kept_units, living_units, meet_budget
 from lightning_prune.errors import OptionError, PruneError, StaleGraphError
-from lightning_prune.explaining import explain
-from lightning_prune.groups import Group
-from lightning_prune.importance import Evidence
-from lightning_prune.optimizers import Carrier
+from lightning_prune.graph.analysis import Analysis, analyse, certify
+from lightning_prune.graph.explaining import explain
+from lightning_prune.graph.groups import Group
 from lightning_prune.options import PruningOptions, check_budget
 from lightning_prune.plan import Plan
-from lightning_prune.ranking import rank
-from lightning_prune.regularizer import Regularizer
-from lightning_prune.requests import Targets, check_counts, check_custom, check_ratio, key, targets, unwrapped
-from lightning_prune.schedules import resolve
-from lightning_prune.surgery import Snapshot, apply
+from lightning_prune.scores.importance import Evidence
+from lightning_prune.scores.ranking import rank
+from lightning_prune.scores.regularizer import Regularizer
+from lightning_prune.selection.choosing import Choice, Chooser, kept_units, living_units, meet_budget
+from lightning_prune.selection.requests import (
+    Targets,
+    check_counts,
+    check_custom,
+    check_ratio,
+    key,
+    targets,
+    unwrapped,
+)
+from lightning_prune.selection.schedules import resolve
+from lightning_prune.surgery.applying import Snapshot, apply
+from lightning_prune.surgery.optimizers import Carrier
 
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import callback as callbacks
 from lightning_prune import checkpoint
-from lightning_prune.callback import StructuredPruning
+from lightning_prune.training.callback import StructuredPruning
 
 warnings.simplefilter("ignore")
 VARIANTS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from lightning_prune.groups import Group, Member
+from lightning_prune.graph.groups import Group, Member
 
 SHAPES = {
     "conv.weight": (6, 3, 3, 3),

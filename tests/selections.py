@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lightning_prune.groups import Grid, Group
-from lightning_prune.selection import Demand, Pool, Selection, select, violations
+from lightning_prune.graph.groups import Grid, Group
+from lightning_prune.selection.selecting import Demand, Pool, Selection, select, violations
 
 
 def make_group(name: str, first: int, n: int, kind: str = "channel") -> Group:

@@ -11,46 +11,31 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lightning_prune"
 
 # Lowest first. A module imports only from lower lines: those of one line are siblings, which never meet. The
-# files of a folder (tracing, models, data) may import one another. A module that is not here needs a place.
+# files of a folder may import one another. A module or folder that is not here needs a place.
 RANKS = (
     {"errors"},
     {"plan", "options"},
-    # Groundwork of surgery; tracing knows by the patches which layers have an equal forward.
-    {"attributes", "cutting", "patches"},
+    {"surgery"},  # its patches tell tracing which layers have an equal forward
     {"tracing"},
-    {"groups"},
-    # Groundwork of single stages: of scores, of selection, of plans, of the regulariser.
-    {"members", "normalizers", "demand", "counts", "equations", "naming", "layout", "configs", "widths"},
-    {"importance", "schedules", "surgery", "optimizers", "regularizer", "cost"},
-    # Scores made comparable; notes of a cut in the model; forwards timed in turns.
-    {"ranking", "phase", "structure", "latency"},
-    {"selection", "planning"},
-    # The two ends of a prune: the model as a graph, the options as what is asked of the selection.
-    {"analysis"},
-    {"requests", "explaining"},
-    {"choosing", "measured", "wording"},
-    # Parts of the report: measurements, words and pictures.
-    {"figures"},
-    {"pruner", "checkpoint", "metrics", "report"},
-    # Parts of the callback, each one question put to Lightning, and the networks and data of the demo.
-    {"strategies", "example_inputs", "gradients", "models", "data"},
-    {"progress", "finish"},
-    {"callback"},
-    {"checkpointing"},
+    {"graph"},
+    {"scores", "selection", "measuring"},
+    {"pruner", "checkpoint", "metrics", "reporting"},
+    {"models", "data"},  # of the demo
+    {"training"},
     {"cli"},
     {"__init__", "__main__"},
 )
 RANK = {module: rank for rank, modules in enumerate(RANKS) for module in modules}
 
 # Who may import a library; those of LAZY inside functions alone (or for types), never with the package.
-CALLBACK = set().union(*RANKS[RANKS.index({"callback"}) - 2 :]) - {"__init__", "__main__"}
+LIGHTNING = {"training", "models", "data", "cli"}
 LIBRARIES = {
-    "lightning": CALLBACK,
-    "lightning_utilities": CALLBACK,
+    "lightning": LIGHTNING,
+    "lightning_utilities": LIGHTNING,
     "hydra": {"cli"},
     "omegaconf": {"cli"},
-    "rich": {"report"},
-    "matplotlib": {"figures"},
+    "rich": {"reporting"},
+    "matplotlib": {"reporting"},
 }
 LAZY = {"rich", "matplotlib"}
 
@@ -94,7 +79,7 @@ def test_imports_point_downwards(path: Path) -> None:
         library, where = name.partition(".")[0], f"{path.relative_to(PACKAGE)}:{line} imports {name}"
         if library == PACKAGE.name:
             other = _module(name)
-            if (PACKAGE / f"{other}.py").exists():
+            if (PACKAGE / f"{other}.py").exists() or (PACKAGE / other).is_dir():
                 assert other in RANK, f"{where}: {other} has no rank"
             elif other not in RANK:
                 other = "__init__"  # a public name, taken from the top

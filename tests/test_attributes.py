@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_prune.attributes import cosmetic_rewrites, get_path, remember, set_path
 from lightning_prune.errors import PlanError
 from lightning_prune.plan import Cut, Patch, Plan, Rewrite
-from lightning_prune.surgery import apply
+from lightning_prune.surgery.applying import apply
+from lightning_prune.surgery.attributes import cosmetic_rewrites, get_path, remember, set_path
 
 Pair = namedtuple("Pair", ["rows", "columns"])
 

@@ -8,8 +8,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_prune.callback import PHASES, StructuredPruning
 from lightning_prune.errors import OptionError, PruneError
+from lightning_prune.training.callback import PHASES, StructuredPruning
 
 pytestmark = [  # Lightning 2.6 on torch 2.13, and advice that a test does not need
     pytest.mark.filterwarnings(f"ignore:{text}")

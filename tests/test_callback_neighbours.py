@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import Metric
 
-from lightning_prune import example_inputs
 from lightning_prune.errors import OptionError, StrategyError, TraceError
-from lightning_prune.strategies import check_set_up
+from lightning_prune.training import example_inputs
+from lightning_prune.training.strategies import check_set_up
 
 HALF = CHANNELS // 2
 

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from test_callback import Plain, build, data, fit, pytestmark  # noqa: F401 - same filters
 
-from lightning_prune.callback import StructuredPruning
+from lightning_prune.training.callback import StructuredPruning
 
 QUIET = {"log_every_n_steps": 1, "enable_model_summary": False}
 
@@ -107,7 +107,7 @@ def test_without_held_out_data_there_is_no_such_row(tmp_path):
 
 
 def test_the_monitored_metric_takes_the_place_of_an_accuracy(tmp_path):
-    from lightning_prune.checkpointing import PrunedEarlyStopping
+    from lightning_prune.training.checkpointing import PrunedEarlyStopping
 
     callback = StructuredPruning(0.5, start_epoch=1)
     callback.report.seconds = 1e-3

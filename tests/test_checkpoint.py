@@ -13,8 +13,8 @@ from torch import nn
 from lightning_prune.checkpoint import fit_to_checkpoint, load_pruned_state, manifests, prepare, record
 from lightning_prune.errors import CheckpointMismatchError
 from lightning_prune.plan import Cut, Patch, Plan, Rewrite
-from lightning_prune.structure import plan_of
-from lightning_prune.surgery import apply
+from lightning_prune.surgery.applying import apply
+from lightning_prune.surgery.structure import plan_of
 
 
 class Net(nn.Module):

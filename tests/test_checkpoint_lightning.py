@@ -17,8 +17,8 @@ from test_callback import CHANNELS, Plain, Quiet, build, data, fit, pytestmark  
 from torch import nn
 
 from lightning_prune.checkpoint import PrunableMixin, load_from_checkpoint, load_pruned_state
-from lightning_prune.checkpointing import PrunedEarlyStopping, PrunedModelCheckpoint
 from lightning_prune.errors import CheckpointMismatchError
+from lightning_prune.training.checkpointing import PrunedEarlyStopping, PrunedModelCheckpoint
 
 
 class Cosine(Plain):

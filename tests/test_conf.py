@@ -15,8 +15,8 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import lightning_prune.cli  # noqa: F401  registers the resolver of the schedules
-from lightning_prune.callback import StructuredPruning
 from lightning_prune.options import PruningOptions
+from lightning_prune.training.callback import StructuredPruning
 
 CONF = Path(__file__).parent.parent / "conf"
 GROUPS = {

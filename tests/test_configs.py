@@ -14,7 +14,7 @@ from nets import draw, randomise
 from torch import Tensor, nn
 
 from lightning_prune import GroupNormPruner, Plan, apply
-from lightning_prune.configs import config_rewrites, owners
+from lightning_prune.graph.configs import config_rewrites, owners
 from lightning_prune.plan import Cut, Rewrite
 
 X = draw(4, 5)

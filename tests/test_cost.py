@@ -12,10 +12,10 @@ from torch.backends import cuda, mha, mkldnn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_prune import latency
-from lightning_prune.cost import Cost, measure_cost, measured_forward, peak_memory_bytes
 from lightning_prune.errors import OptionError, TraceError
-from lightning_prune.latency import measure_latency, summarize_latency
+from lightning_prune.measuring import latency
+from lightning_prune.measuring.cost import Cost, measure_cost, measured_forward, peak_memory_bytes
+from lightning_prune.measuring.latency import measure_latency, summarize_latency
 
 
 class Attention(nn.Module):

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 from lightning_prune import GroupNormPruner
-from lightning_prune.callback import StructuredPruning
-from lightning_prune.finish import FitReport
-from lightning_prune.importance import IMPORTANCES
-from lightning_prune.normalizers import NORMALIZERS
 from lightning_prune.options import PruningOptions
-from lightning_prune.schedules import SCHEDULES
+from lightning_prune.scores.importance import IMPORTANCES
+from lightning_prune.scores.normalizers import NORMALIZERS
+from lightning_prune.selection.schedules import SCHEDULES
 from lightning_prune.tracing.rules import FUNCTIONS, RULES, rule_for
+from lightning_prune.training.callback import StructuredPruning
+from lightning_prune.training.finish import FitReport
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.glob("*.md"))

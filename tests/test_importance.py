@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lightning_prune.errors import OptionError, PruneError
-from lightning_prune.groups import Group, Member
-from lightning_prune.importance import IMPORTANCES, Evidence, position_sums, register
-from lightning_prune.members import is_bias, real
+from lightning_prune.graph.groups import Group, Member
+from lightning_prune.scores.importance import IMPORTANCES, Evidence, position_sums, register
+from lightning_prune.scores.members import is_bias, real
 
 
 def member(tensor, dim, index, unit, size, rows=1, is_buffer=False):
@@ -249,7 +249,7 @@ def test_a_parameter_that_was_not_given_is_named(channels, tensors):
 
 
 def test_a_name_can_be_taken_once(monkeypatch):
-    monkeypatch.setattr("lightning_prune.importance.IMPORTANCES", dict(IMPORTANCES))
+    monkeypatch.setattr("lightning_prune.scores.importance.IMPORTANCES", dict(IMPORTANCES))
 
     @register("constant")
     def constant(g, tensors, evidence):

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from lightning_prune.errors import OptionError
-from lightning_prune.groups import Group, Member
-from lightning_prune.naming import is_named, tensors_named, type_named
+from lightning_prune.graph.groups import Group, Member
+from lightning_prune.selection.naming import is_named, tensors_named, type_named
 
 
 class Block(nn.Module):

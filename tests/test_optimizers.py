@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn, optim
 
-from lightning_prune.cutting import cut_tensor
 from lightning_prune.errors import PruneError, StrategyError
-from lightning_prune.optimizers import Carrier, register_state_slicer
 from lightning_prune.plan import Cut, Plan
-from lightning_prune.surgery import apply
+from lightning_prune.surgery.applying import apply
+from lightning_prune.surgery.cutting import cut_tensor
+from lightning_prune.surgery.optimizers import Carrier, register_state_slicer
 
 KEEP = {"1": (0, 2, 3), "2": (4, 0, 1)}  # of 5 channels each; the second list is not sorted
 CUTS = {

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_prune.errors import PlanError
-from lightning_prune.patches import (
+from lightning_prune.plan import Patch
+from lightning_prune.surgery.patches import (
     attention_forward,
     check_patch,
     install_patch,
@@ -21,7 +22,6 @@ from lightning_prune.patches import (
     remember_patch,
     remove_patches,
 )
-from lightning_prune.plan import Patch
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_prune.cutting import cut_tensor
 from lightning_prune.errors import PlanError
 from lightning_prune.plan import Cut, Patch, Plan, Rewrite
-from lightning_prune.surgery import apply
+from lightning_prune.surgery.applying import apply
+from lightning_prune.surgery.cutting import cut_tensor
 
 
 def naive(array, cuts):

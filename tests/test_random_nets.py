@@ -15,7 +15,7 @@ from oracle import assert_exact, assert_same_objects
 from strategies import SIDE, Spec, specs
 
 from lightning_prune import GroupNormPruner, Plan, apply
-from lightning_prune.groups import Group, Member
+from lightning_prune.graph.groups import Group, Member
 
 QUICK = settings(
     max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from lightning_prune.errors import OptionError, PruneError
-from lightning_prune.groups import Group, Member
-from lightning_prune.importance import Evidence
-from lightning_prune.normalizers import NORMALIZERS, normalize
-from lightning_prune.ranking import rank, score
+from lightning_prune.graph.groups import Group, Member
+from lightning_prune.scores.importance import Evidence
+from lightning_prune.scores.normalizers import NORMALIZERS, normalize
+from lightning_prune.scores.ranking import rank, score
 
 
 def member(tensor, dim, index, unit, size, rows=1, is_buffer=False):

@@ -15,7 +15,7 @@ from ranks_worker import digest, single
 from test_callback import build, pytestmark  # noqa: F401 - same filters
 
 from lightning_prune.errors import StrategyError
-from lightning_prune.strategies import check_set_up
+from lightning_prune.training.strategies import check_set_up
 
 WORKER = Path(__file__).with_name("ranks_worker.py")
 multiprocess = pytest.mark.multiprocess

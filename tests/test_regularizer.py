@@ -23,8 +23,8 @@ from naive_penalty import (
 
 from lightning_prune import regularizer as module
 from lightning_prune.errors import OptionError, StaleGraphError
-from lightning_prune.groups import Group
-from lightning_prune.regularizer import Regularizer
+from lightning_prune.graph.groups import Group
+from lightning_prune.scores.regularizer import Regularizer
 
 
 @pytest.mark.parametrize("include_bias", [False, True])

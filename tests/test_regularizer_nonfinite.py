@@ -22,7 +22,7 @@ from naive_penalty import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.errors import PruneError
-from lightning_prune.regularizer import Regularizer
+from lightning_prune.scores.regularizer import Regularizer
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

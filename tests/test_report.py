@@ -15,12 +15,13 @@ from matplotlib.image import imread
 from rich.console import Console
 from torch import nn
 
-from lightning_prune import measured, report
 from lightning_prune.errors import TraceError
-from lightning_prune.figures import channels_figure, shorten
-from lightning_prune.latency import Latency
-from lightning_prune.measured import Measured, measure_pair
-from lightning_prune.report import Report, Target
+from lightning_prune.measuring import measured
+from lightning_prune.measuring.latency import Latency
+from lightning_prune.measuring.measured import Measured, measure_pair
+from lightning_prune.reporting import report
+from lightning_prune.reporting.figures import channels_figure, shorten
+from lightning_prune.reporting.report import Report, Target
 
 GOLDEN = Path(__file__).parent / "golden"
 DENSE = Measured(0.9740, 175_258, 9_123_456, 701_032, 1.430, 0.020, 1_404_032)

@@ -14,7 +14,7 @@ from oracle import assert_exact
 from torch import Tensor, nn
 
 from lightning_prune import GroupNormPruner, Plan
-from lightning_prune.analysis import analyse
+from lightning_prune.graph.analysis import analyse
 from lightning_prune.tracing.labels import Tags
 from lightning_prune.tracing.rules import FUNCTIONS, RULES, function_rule, rule, rule_for
 from lightning_prune.tracing.trace import trace

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from lightning_prune.errors import OptionError
-from lightning_prune.schedules import SCHEDULES, resolve
+from lightning_prune.selection.schedules import SCHEDULES, resolve
 
 
 @pytest.mark.parametrize(

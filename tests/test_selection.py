@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from selections import kept, make_grid, make_group, run
 
-from lightning_prune.groups import Grid
-from lightning_prune.selection import removals, violations
+from lightning_prune.graph.groups import Grid
+from lightning_prune.selection.selecting import removals, violations
 
 # Counts of a group that stands alone
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from selections import falling, kept, make_grid, make_group, run
 
-from lightning_prune.groups import Grid, Group
-from lightning_prune.selection import Demand, Pool, select
+from lightning_prune.graph.groups import Grid, Group
+from lightning_prune.selection.selecting import Demand, Pool, select
 
 # Attention: heads are rows, head dims are cells
 

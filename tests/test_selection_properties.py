@@ -10,8 +10,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_prune.groups import Grid, Group
-from lightning_prune.selection import Demand, Pool, Selection, select
+from lightning_prune.graph.groups import Grid, Group
+from lightning_prune.selection.selecting import Demand, Pool, Selection, select
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import lightning_prune.surgery
-from lightning_prune.cutting import cut_tensor, set_tensor_data
+import lightning_prune.surgery.applying
 from lightning_prune.errors import PlanError
-from lightning_prune.patches import patch_values
 from lightning_prune.plan import Cut, Patch, Plan, Rewrite
-from lightning_prune.surgery import Snapshot, apply, validate
+from lightning_prune.surgery.applying import Snapshot, apply, validate
+from lightning_prune.surgery.cutting import cut_tensor, set_tensor_data
+from lightning_prune.surgery.patches import patch_values
 
 
 class Net(nn.Module):
@@ -301,7 +301,7 @@ def test_an_interrupted_commit_leaves_the_old_model(monkeypatch, stage, error, a
     model = nn.Sequential(Attention())
     model(torch.randn(2, 5, 8)).sum().backward()
     before = fingerprint(model)
-    real, calls = getattr(lightning_prune.surgery, stage), []
+    real, calls = getattr(lightning_prune.surgery.applying, stage), []
 
     def broken(*args):
         if len(calls) == (1 if stage == "set_tensor_data" else 0):
@@ -312,7 +312,7 @@ def test_an_interrupted_commit_leaves_the_old_model(monkeypatch, stage, error, a
         calls.append(1)
         real(*args)
 
-    monkeypatch.setattr(lightning_prune.surgery, stage, broken)
+    monkeypatch.setattr(lightning_prune.surgery.applying, stage, broken)
     with pytest.raises(error):
         apply(model, ATTENTION_PLAN)
     assert fingerprint(model) == before

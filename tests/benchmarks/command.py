@@ -20,7 +20,7 @@ from benchmarks.page import line, save
 from benchmarks.regularize import optimizer, regularize
 from benchmarks.training import idle, memory, training
 
-from lightning_prune.measured import describe_machine
+from lightning_prune.measuring.measured import describe_machine
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
 ROWS: dict[str, Row] = {

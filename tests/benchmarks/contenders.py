@@ -14,8 +14,8 @@ from benchmarks.subjects import LLAMA_HEADS, Subject
 from torch import nn
 
 from lightning_prune import GroupNormPruner
-from lightning_prune.analysis import analyse
-from lightning_prune.groups import Group
+from lightning_prune.graph.analysis import analyse
+from lightning_prune.graph.groups import Group
 
 RATIO = 0.5
 PATIENCE = 60.0  # seconds: on windowed attention its lists of indices grow without end

@@ -13,8 +13,8 @@ from benchmarks.subjects import ALL, Subject, build
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from lightning_prune.cost import measure_cost
-from lightning_prune.latency import Latency, measure_latency
+from lightning_prune.measuring.cost import measure_cost
+from lightning_prune.measuring.latency import Latency, measure_latency
 
 BATCHES = (1, 32)
 MULTIPLE = 8

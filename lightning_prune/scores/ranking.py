@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lightning_prune.errors import OptionError, PruneError
-from lightning_prune.groups import Group
-from lightning_prune.importance import IMPORTANCES, Evidence
-from lightning_prune.members import check_nan_policy, listed, non_finite
-from lightning_prune.normalizers import Normalizer, check_normalizer, normalize
+from lightning_prune.graph.groups import Group
+from lightning_prune.scores.importance import IMPORTANCES, Evidence
+from lightning_prune.scores.members import check_nan_policy, listed, non_finite
+from lightning_prune.scores.normalizers import Normalizer, check_normalizer, normalize
 
 __all__ = ["UserImportance", "check_importance", "rank", "score"]
 

@@ -10,7 +10,7 @@ from math import ceil
 import numpy as np
 import numpy.typing as npt
 
-from lightning_prune.groups import Grid, Group
+from lightning_prune.graph.groups import Grid, Group
 
 __all__ = ["Case", "Demand", "Pool", "exact", "flatten", "removals"]
 

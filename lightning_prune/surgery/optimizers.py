@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Adagrad, Optimizer
 
-from lightning_prune.cutting import cut_tensor
 from lightning_prune.errors import PruneError, StrategyError
 from lightning_prune.plan import Cut, Plan
+from lightning_prune.surgery.cutting import cut_tensor
 
 __all__ = ["Carrier", "StateSlicer", "register_state_slicer"]
 

@@ -15,9 +15,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_prune.figures import channels_figure
-from lightning_prune.measured import Measured
-from lightning_prune.wording import (
+from lightning_prune.measuring.measured import Measured
+from lightning_prune.reporting.figures import channels_figure
+from lightning_prune.reporting.wording import (
     cell,
     faster,
     fewer,

@@ -10,8 +10,8 @@ from math import ceil
 import numpy as np
 import numpy.typing as npt
 
-from lightning_prune.counts import Component, Wish, candidates, components, partition, solve
-from lightning_prune.demand import Case, exact, removals
+from lightning_prune.selection.counts import Component, Wish, candidates, components, partition, solve
+from lightning_prune.selection.demand import Case, exact, removals
 
 __all__ = ["DEAD", "KEPT", "OPEN", "Phase", "Progress", "StuckError"]
 

@@ -13,18 +13,20 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_prune import example_inputs, finish
 from lightning_prune.checkpoint import KEY, adopt_checkpoint, manifests, prepare, record
 from lightning_prune.errors import OptionError
-from lightning_prune.example_inputs import Call, Example
-from lightning_prune.gradients import GradientWatch, closes_accumulation, hide_from, loss_scale
 from lightning_prune.options import PruningOptions
 from lightning_prune.plan import Plan
-from lightning_prune.progress import Progress
 from lightning_prune.pruner import GroupNormPruner
-from lightning_prune.report import Target
-from lightning_prune.requests import check_ratio
-from lightning_prune.strategies import (
+from lightning_prune.reporting.report import Target
+from lightning_prune.selection.requests import check_ratio
+from lightning_prune.surgery.applying import apply
+from lightning_prune.surgery.structure import plan_of, trust_shapes
+from lightning_prune.training import example_inputs, finish
+from lightning_prune.training.example_inputs import Call, Example
+from lightning_prune.training.gradients import GradientWatch, closes_accumulation, hide_from, loss_scale
+from lightning_prune.training.progress import Progress
+from lightning_prune.training.strategies import (
     averaged_copies,
     callbacks_of,
     check_set_up,
@@ -33,8 +35,6 @@ from lightning_prune.strategies import (
     follow_cut,
     point_out_neighbours,
 )
-from lightning_prune.structure import plan_of, trust_shapes
-from lightning_prune.surgery import apply
 
 __all__ = ["PHASES", "StructuredPruning"]
 

@@ -66,7 +66,7 @@ def config_rewrites(
             if not solved.is_whole:
                 notes.append(
                     f"{prefix}config gives the sizes that are kept, but not the scales or frequencies: "
-                    "load the model through lightning_prune (load_pruned_state, apply), not from the config alone"
+                    "load the model through load_pruned_state or apply, not from the config alone"
                 )
             found += [Rewrite(name, f"config.{k}", getattr(config, k), v) for k, v in solved.changed.items()]
             found += [

@@ -23,15 +23,15 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_prune.cost import measure_cost, peak_memory_bytes
 from lightning_prune.errors import TraceError
-from lightning_prune.example_inputs import Example, one_sample
-from lightning_prune.figures import channels_figure
-from lightning_prune.latency import Latency, measure_latency
+from lightning_prune.measuring.cost import measure_cost, peak_memory_bytes
+from lightning_prune.measuring.latency import Latency, measure_latency
 from lightning_prune.plan import Plan
-from lightning_prune.report import Measured, Report, Target
-from lightning_prune.strategies import callbacks_of
-from lightning_prune.structure import take_on
+from lightning_prune.reporting.figures import channels_figure
+from lightning_prune.reporting.report import Measured, Report, Target
+from lightning_prune.surgery.structure import take_on
+from lightning_prune.training.example_inputs import Example, one_sample
+from lightning_prune.training.strategies import callbacks_of
 
 __all__ = ["FitReport", "Score"]
 

@@ -13,12 +13,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.attributes import get_path, set_path
-from lightning_prune.cutting import cut_tensor, set_tensor_data
 from lightning_prune.errors import CheckpointMismatchError, PlanError
-from lightning_prune.patches import remove_patches
 from lightning_prune.plan import Cut, Plan, Rewrite, Scalar
-from lightning_prune.surgery import apply
+from lightning_prune.surgery.applying import apply
+from lightning_prune.surgery.attributes import get_path, set_path
+from lightning_prune.surgery.cutting import cut_tensor, set_tensor_data
+from lightning_prune.surgery.patches import remove_patches
 
 __all__ = [
     "ADVICE",

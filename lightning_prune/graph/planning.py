@@ -6,14 +6,14 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from lightning_prune.attributes import cosmetic_rewrites
-from lightning_prune.configs import config_rewrites
-from lightning_prune.equations import Constraints
-from lightning_prune.groups import Graph, Place
+from lightning_prune.graph.configs import config_rewrites
+from lightning_prune.graph.equations import Constraints
+from lightning_prune.graph.groups import Graph, Place
+from lightning_prune.graph.widths import stated_widths
 from lightning_prune.plan import Cut, Patch, Plan, Rewrite
+from lightning_prune.surgery.attributes import cosmetic_rewrites
 from lightning_prune.tracing.integers import mentions
 from lightning_prune.tracing.layers import ATTENTION, attention_values
-from lightning_prune.widths import stated_widths
 
 Bools = npt.NDArray[np.bool_]
 

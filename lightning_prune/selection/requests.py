@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from lightning_prune.analysis import Analysis
 from lightning_prune.errors import EmptyGroupError, OptionError
-from lightning_prune.groups import Group
-from lightning_prune.naming import is_named, tensors_named
+from lightning_prune.graph.analysis import Analysis
+from lightning_prune.graph.groups import Group
 from lightning_prune.options import PruningOptions
-from lightning_prune.selection import Demand, Pool
+from lightning_prune.selection.naming import is_named, tensors_named
+from lightning_prune.selection.selecting import Demand, Pool
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_prune.cost import ForwardFn, measure_cost, peak_memory_bytes
-from lightning_prune.latency import measure_latency
+from lightning_prune.measuring.cost import ForwardFn, measure_cost, peak_memory_bytes
+from lightning_prune.measuring.latency import measure_latency
 
 __all__ = ["Measured", "describe_machine", "describe_versions", "measure_pair"]
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torchmetrics import Metric
 
-from lightning_prune.cost import measure_cost
-from lightning_prune.example_inputs import Example
+from lightning_prune.measuring.cost import measure_cost
 from lightning_prune.metrics import ChannelSparsity, KeptMacs, ParameterSparsity
 from lightning_prune.pruner import GroupNormPruner
+from lightning_prune.training.example_inputs import Example
 
 __all__ = ["Progress"]
 

@@ -9,8 +9,8 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import breadth_first_order
 
-from lightning_prune.analysis import Analysis
 from lightning_prune.errors import OptionError
+from lightning_prune.graph.analysis import Analysis
 from lightning_prune.tracing.labels import FROZEN, Ints, along
 
 SHOWN = 8

@@ -14,8 +14,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from typing_extensions import override
 
-from lightning_prune.callback import StructuredPruning
-from lightning_prune.strategies import callbacks_of
+from lightning_prune.training.callback import StructuredPruning
+from lightning_prune.training.strategies import callbacks_of
 
 __all__ = ["PrunedEarlyStopping", "PrunedModelCheckpoint"]
 

@@ -9,13 +9,13 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from lightning_prune.analysis import Analysis
 from lightning_prune.errors import BudgetError
-from lightning_prune.groups import Group
+from lightning_prune.graph.analysis import Analysis
+from lightning_prune.graph.groups import Group
 from lightning_prune.options import PruningOptions
 from lightning_prune.plan import Plan
-from lightning_prune.requests import Targets, demand
-from lightning_prune.selection import select
+from lightning_prune.selection.requests import Targets, demand
+from lightning_prune.selection.selecting import select
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]

@@ -22,9 +22,16 @@ import torch
 from torch import Tensor
 
 from lightning_prune.errors import OptionError, PruneError, StaleGraphError
-from lightning_prune.groups import Group
-from lightning_prune.layout import plan_blocks
-from lightning_prune.members import check_nan_policy, check_number, listed, non_finite, real, scored_members
+from lightning_prune.graph.groups import Group
+from lightning_prune.scores.layout import plan_blocks
+from lightning_prune.scores.members import (
+    check_nan_policy,
+    check_number,
+    listed,
+    non_finite,
+    real,
+    scored_members,
+)
 
 __all__ = ["Regularizer"]
 
@@ -57,7 +64,7 @@ class Regularizer:
         OptionError: If an option is out of range.
 
     Example:
-        >>> from lightning_prune.groups import Group, Member
+        >>> from lightning_prune.graph.groups import Group, Member
         >>> weight = torch.nn.Parameter(torch.tensor([[1.0], [2.0]]))
         >>> weight.grad = torch.zeros_like(weight)
         >>> rows = Member("weight", 0, 1, 2, np.arange(2), np.arange(2))

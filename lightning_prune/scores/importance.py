@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lightning_prune.errors import OptionError
-from lightning_prune.groups import Group, Member
-from lightning_prune.members import real, scored_members
+from lightning_prune.graph.groups import Group, Member
+from lightning_prune.scores.members import real, scored_members
 
 __all__ = [
     "IMPORTANCES",

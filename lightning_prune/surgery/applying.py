@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_prune.attributes import get_path, remember, set_path
-from lightning_prune.cutting import cut_tensor, set_tensor_data
 from lightning_prune.errors import PlanError
-from lightning_prune.patches import check_patch, install_patch, remember_patch
 from lightning_prune.plan import Cut, Plan, Rewrite
+from lightning_prune.surgery.attributes import get_path, remember, set_path
+from lightning_prune.surgery.cutting import cut_tensor, set_tensor_data
+from lightning_prune.surgery.patches import check_patch, install_patch, remember_patch
 
 __all__ = ["Snapshot", "apply", "cut_tensor", "set_tensor_data", "validate"]
 

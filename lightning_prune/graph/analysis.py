@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from lightning_prune.equations import Constraints
 from lightning_prune.errors import CertificateError
-from lightning_prune.groups import Graph, Group, Place, build_graph
+from lightning_prune.graph.equations import Constraints
+from lightning_prune.graph.groups import Graph, Group, Place, build_graph
+from lightning_prune.graph.planning import make_plan, predicted_macs, predicted_parameters
 from lightning_prune.plan import Plan
-from lightning_prune.planning import make_plan, predicted_macs, predicted_parameters
 from lightning_prune.tracing.labels import FROZEN, Site, along
 from lightning_prune.tracing.solver import Classes, solve
 from lightning_prune.tracing.trace import trace

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.errors import OptionError, PruneError
-from lightning_prune.groups import Group, Member
+from lightning_prune.graph.groups import Group, Member
 
 __all__ = [
     "NAN_POLICIES",

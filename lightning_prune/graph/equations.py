@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from lightning_prune.groups import Graph, Grid
+from lightning_prune.graph.groups import Graph, Grid
 from lightning_prune.tracing.integers import Equation, Expr, evaluate, invert, mentions
 from lightning_prune.tracing.labels import FROZEN
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lightning_prune.demand import Case, Demand, Pool, flatten, removals
-from lightning_prune.groups import Grid, Group
-from lightning_prune.phase import KEPT, Phase, Progress, StuckError
+from lightning_prune.graph.groups import Grid, Group
+from lightning_prune.selection.demand import Case, Demand, Pool, flatten, removals
+from lightning_prune.selection.phase import KEPT, Phase, Progress, StuckError
 
 __all__ = ["Demand", "Pool", "Selection", "removals", "select", "violations"]
 

@@ -1,0 +1,1 @@
+"""What a trace means: units, groups, grids, and the plan of what is kept."""

@@ -1,0 +1,1 @@
+"""Before and after, for people: words, tables and pictures."""

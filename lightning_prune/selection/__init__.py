@@ -1,0 +1,1 @@
+"""Scores, ratios and grids -> the units that stay: counts first, then units."""

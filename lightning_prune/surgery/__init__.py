@@ -1,0 +1,1 @@
+"""The only stage that changes a model: check everything, then cut."""

@@ -1,0 +1,1 @@
+"""What knows Lightning: the callback and each question it puts to a Trainer."""
