@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_prune import callback as callbacks
 from lightning_prune import checkpoint
+from lightning_prune.training import callback as callbacks
 from lightning_prune.training.callback import StructuredPruning
 
 warnings.simplefilter("ignore")

@@ -21,9 +21,9 @@ from naive_penalty import (
     two_layers,
 )
 
-from lightning_prune import regularizer as module
 from lightning_prune.errors import OptionError, StaleGraphError
 from lightning_prune.graph.groups import Group
+from lightning_prune.scores import regularizer as module
 from lightning_prune.scores.regularizer import Regularizer
 
 
