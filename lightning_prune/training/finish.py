@@ -5,16 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import platform
 import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -24,11 +21,11 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_prune.errors import TraceError
-from lightning_prune.measuring.cost import measure_cost, peak_memory_bytes
-from lightning_prune.measuring.latency import Latency, measure_latency
+from lightning_prune.measuring.cost import measure_cost
+from lightning_prune.measuring.measured import describe_machine, describe_versions, measure_pair
 from lightning_prune.plan import Plan
 from lightning_prune.reporting.figures import channels_figure
-from lightning_prune.reporting.report import Measured, Report, Target
+from lightning_prune.reporting.report import Report, Target
 from lightning_prune.surgery.structure import take_on
 from lightning_prune.training.example_inputs import Example, one_sample
 from lightning_prune.training.strategies import callbacks_of
@@ -190,10 +187,14 @@ class FitReport:
         for network in pair.values():
             network.to(trainer.strategy.root_device)
         example = _measurable(pair["dense"], example)
-        latency = measure_latency(
-            pair, example.inputs, forward_fn=example.forward_fn, min_run_time_s=self.seconds
+        before, after = measure_pair(
+            pair["dense"],
+            pair["pruned"],
+            example.inputs,
+            accuracies=(scores.get("dense"), scores.get("pruned")),
+            forward_fn=example.forward_fn,
+            min_run_time_s=self.seconds,
         )
-        before, after = (_measure(pair[k], example, latency[k], scores.get(k)) for k in ("dense", "pruned"))
         seed = os.environ.get("PL_GLOBAL_SEED")
         return Report(
             dense=before,
@@ -205,8 +206,8 @@ class FitReport:
             channels=_channels(pair["dense"], pair["pruned"]),
             targets=targets,
             seed=None if seed is None else int(seed),
-            versions=_versions(),
-            machine=_machine(trainer),
+            versions=describe_versions(),
+            machine=describe_machine(trainer.strategy.root_device),
             config=self.config or config,
             timeline=self._timeline,
         )
@@ -312,19 +313,6 @@ def _measurable(dense: nn.Module, example: Example) -> Example:
     return single
 
 
-def _measure(network: nn.Module, example: Example, latency: Latency, score: float | None) -> Measured:
-    cost = measure_cost(network, example.inputs, forward_fn=example.forward_fn)
-    return Measured(
-        accuracy=score,
-        parameters=cost.parameters,
-        macs=cost.macs,
-        memory_bytes=cost.parameter_bytes,
-        latency_ms=latency.median_ms,
-        latency_iqr_ms=latency.iqr_ms,
-        peak_memory_bytes=peak_memory_bytes(network, example.inputs, forward_fn=example.forward_fn),
-    )
-
-
 def _channels(dense: nn.Module, pruned: nn.Module) -> dict[str, tuple[int, int]]:
     """List the width of every layer that has one, before and after."""
     before, widths = dict(dense.named_modules()), {}
@@ -336,24 +324,6 @@ def _channels(dense: nn.Module, pruned: nn.Module) -> dict[str, tuple[int, int]]
                     getattr(layer, attribute),
                 )
     return widths
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("lightning-prune", "torch", "lightning"):
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
-
-
-def _machine(trainer: Trainer) -> dict[str, Any]:
-    device = trainer.strategy.root_device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {
-        "device": f"{device.type} {name}",
-        "system": platform.system(),
-        "threads": torch.get_num_threads(),
-    }
 
 
 def _show(trainer: Trainer, report: Report) -> None:
