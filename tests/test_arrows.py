@@ -22,18 +22,18 @@ RANKS = (
     {"pruner", "checkpoint", "metrics", "reporting"},
     {"models", "data"},  # of the demo
     {"training"},
-    {"cli"},
+    {"commands"},
     {"__init__", "__main__"},
 )
 RANK = {module: rank for rank, modules in enumerate(RANKS) for module in modules}
 
 # Who may import a library; those of LAZY inside functions alone (or for types), never with the package.
-LIGHTNING = {"training", "models", "data", "cli"}
+LIGHTNING = {"training", "models", "data", "commands"}
 LIBRARIES = {
     "lightning": LIGHTNING,
     "lightning_utilities": LIGHTNING,
-    "hydra": {"cli"},
-    "omegaconf": {"cli"},
+    "hydra": {"commands"},
+    "omegaconf": {"commands"},
     "rich": {"reporting"},
     "matplotlib": {"reporting"},
 }

@@ -14,8 +14,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from lightning_prune import cli
 from lightning_prune.checkpoint import load_from_checkpoint
+from lightning_prune.commands import entry, running, train
+from lightning_prune.commands.table import COMMANDS
 from lightning_prune.data import Digits
 from lightning_prune.models import Classifier, ResNet
 
@@ -73,7 +74,7 @@ def command(
     def run(*words: str) -> Answer:
         monkeypatch.setattr(sys, "argv", ["lightning-prune", *words])
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            entry.main()
         return Answer(stop.value.code, *capsys.readouterr())
 
     return run
@@ -93,6 +94,7 @@ def test_help_teaches_and_needs_no_extra(command, monkeypatch):
         monkeypatch.setitem(sys.modules, extra, None)
     code, out, _ = command("--help")
     assert code == 0
+    assert all(f"lightning-prune {name} " in out and does in out for name, does in COMMANDS.items())
     for word in (
         "model: resnet, vit",
         "pruning: default",
@@ -134,9 +136,8 @@ def test_cfg_job_shows_the_configuration_and_runs_nothing(command, tmp_path):
         (["ckpt_path=nowhere.ckpt"], ["nowhere.ckpt", "last.ckpt"]),
         (["seed="], ["seed"]),
         (["seed=[1"], ["seed=[1"]),
-        (["train"], ["train", "lightning-prune plan"]),
-        (["report"], ["report", "later version", "lightning-prune plan"]),
-        (["tune"], ["tune", "later version"]),
+        (["train", "pruning.pruning_ratio=1.2"], ["1.2", "[0, 1)"]),
+        (["plam", "model=vit"], ["plam", "did you mean `lightning-prune plan`?", "lightning-prune train"]),
         (["plan", "pruning=none"], ["pruning=none"]),
         (["plan", "pruning.pruning_ratio=1.2"], ["1.2", "[0, 1)"]),
     ],
@@ -156,7 +157,7 @@ def test_a_traceback_is_there_for_those_who_ask(command, monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     monkeypatch.setattr(sys, "argv", ["lightning-prune", "pruning.pruning_ratio=1.2"])
     with pytest.raises(Exception, match=r"1\.2"):
-        cli.main()
+        entry.main()
 
 
 def test_discarding_a_run_spares_what_else_lies_there(tmp_path):
@@ -164,7 +165,7 @@ def test_discarding_a_run_spares_what_else_lies_there(tmp_path):
     (run / ".hydra").mkdir(parents=True)
     (run / ".hydra" / "config.yaml").touch()
     (tmp_path / "date" / "other.txt").touch()
-    cli._discard(run)
+    train._discard(run)
     assert not run.exists()
     assert (tmp_path / "date" / "other.txt").exists()
 
@@ -212,8 +213,8 @@ def test_pruning_none_trains_alone(command, tmp_path):
 
 def test_a_sweep_runs_every_job_and_gets_the_tuned_metric(command, tmp_path, monkeypatch):
     returned = []
-    run = cli._run
-    monkeypatch.setattr(cli, "_run", lambda cfg: returned.append(run(cfg)) or returned[-1])
+    run = running.run
+    monkeypatch.setattr(running, "run", lambda cfg: returned.append(run(cfg)) or returned[-1])
     code, _, err = command("--multirun", *SMALL, "seed=0,1", "dense_twin=false", "trainer.max_epochs=1")
     assert code == 0, err
     (folder,) = (tmp_path / "multirun").glob("*/*")

@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_module
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-import lightning_prune.cli  # noqa: F401  registers the resolver of the schedules
+import lightning_prune.commands  # noqa: F401  registers the resolver of the schedules
 from lightning_prune.options import PruningOptions
 from lightning_prune.training.callback import StructuredPruning
 

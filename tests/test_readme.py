@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_module
 
-import lightning_prune.cli  # noqa: F401  registers the resolver of the schedules
+import lightning_prune.commands  # noqa: F401  registers the resolver of the schedules
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,0 +1,152 @@
+"""From words to a configuration, and from a configuration to what it names: model, data, Trainer, pruner."""
+
+from __future__ import annotations
+
+import logging
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_prune.errors import OptionError
+from lightning_prune.pruner import GroupNormPruner
+from lightning_prune.training.callback import StructuredPruning
+from lightning_prune.training.example_inputs import Example, from_array
+from lightning_prune.training.strategies import callbacks_of
+
+__all__ = [
+    "CONF",
+    "PRIMARY",
+    "build",
+    "compose_config",
+    "config_parser",
+    "let_ratio_win",
+    "pruner_of",
+    "prunings",
+    "rehearse",
+]
+
+CONF = "lightning_prune.conf"
+PRIMARY = "prune"
+BUDGET = "pruning.options.budget"
+log = logging.getLogger(__name__)
+
+
+def config_parser(name: str, description: str, examples: str) -> ArgumentParser:
+    """Make the parser of a command that reads the configuration of a run.
+
+    Parse with ``parse_intermixed_args``, so that options may stand between the overrides.
+
+    Args:
+        name: Of the command.
+        description: What it does, in a sentence or two.
+        examples: Lines to copy, for the end of the help.
+    """
+    parser = ArgumentParser(
+        prog=f"lightning-prune {name}",
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes a value, as for a run")
+    parser.add_argument("--config-dir", "-cd", metavar="FOLDER", help="your own configuration files")
+    return parser
+
+
+def compose_config(
+    overrides: Sequence[str], config_dir: str | None = None, *, run_dir: str = "."
+) -> DictConfig:
+    """Compose the configuration of a run outside Hydra's own program.
+
+    Args:
+        overrides: Words such as ``model=vit`` or ``trainer.max_epochs=3``.
+        config_dir: Folder of the user's own files.
+        run_dir: Folder that loggers and callbacks write to.
+    """
+    own = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
+    with initialize_config_module(CONF, version_base="1.3"):
+        cfg = compose(PRIMARY, overrides=[*overrides, *own, f"run_dir={run_dir}"])
+    let_ratio_win(cfg, overrides)
+    return cfg
+
+
+def let_ratio_win(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Drop the configured budget where a ratio was typed and no budget: the budget would override it."""
+    keys = [word.lstrip("+").partition("=")[0] for word in overrides]
+    typed_options = any(key.startswith("pruning.options.budget") or key == "pruning.options" for key in keys)
+    if "pruning.pruning_ratio" in keys and not typed_options and OmegaConf.select(cfg, BUDGET) is not None:
+        log.info("pruning_ratio=%s was asked for, so the configured budget is off", cfg.pruning.pruning_ratio)
+        OmegaConf.update(cfg, BUDGET, None)
+
+
+def rehearse(cfg: DictConfig) -> None:
+    """Build everything once and plan the prune: a wrong option ends the run before anything is trained."""
+    if isinstance(cfg.seed, bool) or not isinstance(cfg.seed, int) or cfg.seed < 0:
+        raise OptionError(f"seed={cfg.seed} was asked for; a seed is a whole number, at least 0")
+    if cfg.ckpt_path and not Path(cfg.ckpt_path).is_file():
+        raise OptionError(
+            f"ckpt_path={cfg.ckpt_path} was asked for, and there is no such file; a run keeps its last "
+            "checkpoint in outputs/<date>/<time>/checkpoints/last.ckpt"
+        )
+    model, _, trainer = build(cfg)
+    for callback in prunings(trainer):
+        pruner_of(callback, model)
+
+
+def build(cfg: DictConfig) -> tuple[LightningModule, LightningDataModule, Trainer]:
+    """Build what a run consists of, from the same random state every time."""
+    seed_everything(cfg.seed, verbose=False)
+    model, data = instantiate(cfg.model), instantiate(cfg.data)
+    callbacks = [instantiate(node) for node in cfg.callbacks.values()]
+    callbacks += [instantiate(cfg.pruning)] if cfg.pruning else []
+    loggers = [instantiate(node) for node in cfg.logger.values()]
+    make_trainer = instantiate(cfg.trainer, _partial_=True)
+    try:
+        return model, data, make_trainer(callbacks=callbacks, logger=loggers or False)
+    except Exception as error:
+        raise OptionError(
+            f"the Trainer refuses its options: {error}; see `lightning-prune --cfg job`"
+        ) from error
+
+
+def prunings(trainer: Trainer) -> list[StructuredPruning]:
+    """List the callbacks of a Trainer that prune."""
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, StructuredPruning)]
+
+
+def pruner_of(callback: StructuredPruning, model: LightningModule) -> GroupNormPruner | None:
+    """Build the pruner that the callback will build; None where only a batch can say what the inputs are.
+
+    Args:
+        callback: Its options are the pruner's.
+        model: Traced with its ``example_input_array``.
+
+    Raises:
+        OptionError: If the callback names a submodule that the model lacks.
+    """
+    names = [name for name, _ in model.named_modules()]
+    if callback.module is not None and callback.module not in names:
+        near = ", ".join(get_close_matches(callback.module, names, cutoff=0.0))
+        raise OptionError(
+            f"pruning.module={callback.module} was asked for, which names no submodule of "
+            f"{type(model).__name__}; the nearest are {near}"
+        )
+    calls = from_array(model, callback.module)
+    if not calls:
+        return None
+    example = Example.of(calls)
+    options = {field.name: getattr(callback.options, field.name) for field in fields(callback.options)}
+    options["forward_fn"] = options["forward_fn"] or example.forward_fn
+    return GroupNormPruner(
+        model.get_submodule(callback.module or ""),
+        example.inputs,
+        pruning_ratio=callback.pruning_ratio,
+        iterative_steps=callback.iterative_steps,
+        **options,
+    )
