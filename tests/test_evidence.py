@@ -197,7 +197,7 @@ class Bare(nn.Module):
 
 
 def test_units_that_no_layer_produces_are_named_at_once():
-    with pytest.raises(OptionError, match="produces the units of group"):
+    with pytest.raises(OptionError, match="to produce the units of group"):
         GroupNormPruner(Bare(), torch.ones(1, 4), importance="activation")
 
 

@@ -72,7 +72,7 @@ class Collector:
         for group in groups:
             if not any(m.dim == 0 and m.tensor in known for m in group.members):
                 raise OptionError(
-                    "importance 'activation' needs a convolution, linear layer or norm that produces the units "
+                    "importance 'activation' needs a convolution, linear layer or norm to produce the units "
                     f"of group {group.name!r}, found none; put the layer into ignored_layers, or choose "
                     "another importance"
                 )
