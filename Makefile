@@ -33,7 +33,7 @@ $(VENV)/.dev: $(MANIFEST) | $(BIN)/python
 # fit the torch build would break every import of lightning. Only the runs below that need them see the folder.
 $(VENV)/.zoo: $(VENV)/.dev
 	rm -rf $(VENV)/zoo
-	$(INSTALL) --no-deps --target $(VENV)/zoo timm torchvision
+	$(INSTALL) --no-deps --target $(VENV)/zoo timm torchvision torchao
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.zoo
