@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from lightning_prune.graph.explaining import explain
 from lightning_prune.graph.groups import Group
 from lightning_prune.options import PruningOptions, check_budget
 from lightning_prune.plan import Plan
+from lightning_prune.scores.evidence import Collector, Reduce
 from lightning_prune.scores.importance import Evidence
 from lightning_prune.scores.ranking import rank
 from lightning_prune.scores.regularizer import Regularizer
@@ -121,6 +123,7 @@ class GroupNormPruner:
         self.current_step = 0
         self.notes: tuple[str, ...] = ()
         self._evidence = Evidence(include_bias=include_bias)
+        self.collector = Collector(model, importance)
         self._head_dims: frozenset[str] = frozenset()
         self._initial: dict[str, float] = {}
         self._dense: dict[str, int] = {}
@@ -131,7 +134,7 @@ class GroupNormPruner:
         self._goal = self._targets(self.pruning_ratio)
         self._check_importance()
         if budget:
-            self._choose(self.iterative_steps)
+            self._choose(self.iterative_steps, self._scores(rehearsal=True))
 
     # -- pruning -----------------------------------------------------------------------------------
 
@@ -157,7 +160,7 @@ class GroupNormPruner:
                 stacklevel=2,
             )
             return Plan()
-        choice = self._choose(self.current_step + 1)
+        choice = self._choose(self.current_step + 1, self._scores())
         plan, notes = self._analysis.plan(choice.keep)
         self.notes = choice.notes + notes
         if dry_run:
@@ -197,6 +200,7 @@ class GroupNormPruner:
             except BaseException:  # Ctrl-C too must give the old model back
                 snapshot.restore()
                 raise
+            self.collector.follow(plan)
             self._forget_heads(before, plan)
             self.plan = self.plan.then(plan)
             self._adopt(after)
@@ -247,13 +251,8 @@ class GroupNormPruner:
     def regularizer(self) -> Regularizer:
         """The regulariser of the groups that are pruned; ignored groups and ratio 0 are left alone."""
         if self._regularizer is None:
-            pressed = [
-                g
-                for g, r in zip(self.groups(), self._goal.ratio, strict=True)
-                if r > 0 and not self._goal.locked[g.units].all()
-            ]
             self._regularizer = Regularizer(
-                pressed,
+                self._pressed(),
                 dict(self.model.named_parameters()),
                 reg=self.options.reg,
                 alpha=self.options.alpha,
@@ -261,6 +260,29 @@ class GroupNormPruner:
                 nan_policy=self.options.nan_policy,
             )
         return self._regularizer
+
+    def _pressed(self) -> list[Group]:
+        pairs = zip(self.groups(), self._goal.ratio, strict=True)
+        return [g for g, ratio in pairs if ratio > 0 and not self._goal.locked[g.units].all()]
+
+    # -- evidence ----------------------------------------------------------------------------------
+
+    def watch(self) -> AbstractContextManager[None]:
+        """Measure outputs of layers in this context, for ``importance="activation"``; else do nothing."""
+        return self.collector.watch()
+
+    def collect(self, *, grad_scale: float | Tensor = 1.0, reduce: Reduce | None = None) -> None:
+        """Take in what a batch has left for the importance; call it after the backward pass.
+
+        ``taylor`` and ``hessian`` average the gradients that lie on the parameters, ``activation`` the
+        outputs seen within ``watch``. Every other importance needs nothing, and this costs nothing.
+
+        Args:
+            grad_scale: Factor that the gradients carry, such as the loss scale of mixed precision.
+            reduce: For several processes, a function that sums a tensor over them. Gradients are not passed
+                through it: they must be the same in all of them already.
+        """
+        self.collector.collect(grad_scale, reduce)
 
     # -- resuming ----------------------------------------------------------------------------------
 
@@ -280,7 +302,7 @@ class GroupNormPruner:
         return pruner
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides the next step, as numbers, strings, lists and dicts."""
+        """Everything that decides the next step, as plain data; collected evidence as tensors."""
         return {
             "step": self.current_step,
             "plan": self.plan.as_dict(),
@@ -289,6 +311,7 @@ class GroupNormPruner:
             "head_dims": sorted(self._head_dims),
             "rng": bytes(self._evidence.generator.get_state().tolist()).hex(),
             "regularizer": None if self._regularizer is None else self._regularizer.state_dict(),
+            **({"evidence": self.collector.state_dict()} if self.collector.need else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -305,6 +328,7 @@ class GroupNormPruner:
         self._regularizer = None
         if state["regularizer"] is not None:
             self.regularizer.load_state_dict(state["regularizer"])
+        self.collector.load_state_dict(state.get("evidence", {}))
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -321,6 +345,7 @@ class GroupNormPruner:
     def _adopt(self, analysis: Analysis) -> None:
         self._analysis = analysis
         self._shapes = {name: t.shape for name, t in self._tensors()}
+        self.collector.of(analysis.groups, include_bias=self.options.include_bias)
         everything = np.ones(analysis.graph.n_units, bool)
         self._head_dims |= {key(g) for g in analysis.groups if g.kind == "head_dim"}
         for group in analysis.groups:
@@ -348,11 +373,10 @@ class GroupNormPruner:
     def _course(self, target: float) -> list[float]:
         return resolve(self.options.iterative_pruning_ratio_scheduler, target, self.iterative_steps)
 
-    def _choose(self, step: int) -> Choice:
+    def _choose(self, step: int, scores: Sequence[Floats]) -> Choice:
         """Units that stay after step number ``step``."""
-        chooser = Chooser(
-            self._analysis, self._scores(), [self._initial[key(g)] for g in self.groups()], self.options
-        )
+        initial = [self._initial[key(g)] for g in self.groups()]
+        chooser = Chooser(self._analysis, scores, initial, self.options)
         course = {r: self._course(r)[step] for r in set(self._goal.ratio)}
         ratios = [course[r] for r in self._goal.ratio]
         if not self.options.budget:
@@ -368,9 +392,9 @@ class GroupNormPruner:
 
         return meet_budget(choose, cost, wanted, name, strict=True)
 
-    def _scores(self) -> list[Floats]:
+    def _scores(self, *, rehearsal: bool = False) -> list[Floats]:
         tensors = dict(self.model.named_parameters())
-        if any(t.is_meta for t in tensors.values()):
+        if any(t.is_meta for t in tensors.values()) or (rehearsal and self.collector.need):
             return [np.zeros(g.n_units) for g in self.groups()]
         found = rank(
             self.groups(),
@@ -378,7 +402,7 @@ class GroupNormPruner:
             importance=self.options.importance,
             normalizer=self.options.normalizer,
             nan_policy=self.options.nan_policy,
-            evidence=self._evidence,
+            evidence=self.collector.evidence(self._evidence),
         )
         return [s.detach().double().cpu().numpy() for s in found]
 
@@ -386,6 +410,7 @@ class GroupNormPruner:
         """A wrong name is an error now, not in hour ten."""
         if isinstance(self.options.importance, str):
             rank([], {}, importance=self.options.importance, nan_policy=self.options.nan_policy)
+            self.collector.check(self._pressed())
 
     def _forget_heads(self, before: Analysis, plan: Plan) -> None:
         """What went with its head no longer counts among the initial units."""

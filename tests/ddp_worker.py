@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import checkpoint
+from lightning_prune.scores.importance import IMPORTANCES
 from lightning_prune.training import callback as callbacks
 from lightning_prune.training.callback import StructuredPruning
 
@@ -32,6 +33,9 @@ VARIANTS = {
     "broken": {"find_unused_parameters": True},
     "accumulated": {},
     "raises": {},
+    "taylor": {},
+    "hessian": {},
+    "activation": {},
 }
 
 
@@ -75,9 +79,10 @@ class Watch(StructuredPruning):
             Path(self.out).write_text(json.dumps(self.rows))
 
     def _note(self, trainer, pl_module):
-        mine = hashlib.sha256(
-            b"".join(p.detach().numpy().tobytes() for p in pl_module.parameters())
-        ).hexdigest()
+        evidence = self.pruner.collector.state_dict() if self.pruner is not None else {}
+        collected = [table[name] for table in evidence.values() for name in sorted(table)]
+        tensors = [*pl_module.parameters(), *collected]
+        mine = hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in tensors)).hexdigest()
         both = [None] * dist.get_world_size()
         dist.all_gather_object(both, mine)
         wrapped = isinstance(trainer.strategy.model, DistributedDataParallel)
@@ -102,6 +107,8 @@ def main(out, variant):
     if variant == "broken":
         callbacks.follow_cut = lambda *args: None
     options = {"options": {"reg": 0.01, "importance": "random" if variant == "default" else "group_norm"}}
+    if variant in IMPORTANCES:
+        options["options"]["importance"] = variant
     if variant == "raises":
         options["options"]["importance"] = lambda group: 1 / 0
     trainer = Trainer(
@@ -109,7 +116,7 @@ def main(out, variant):
         accelerator="cpu",
         devices=2,
         strategy=DDPStrategy(**VARIANTS[variant]),
-        accumulate_grad_batches=2 if variant == "accumulated" else 1,
+        accumulate_grad_batches=2 if variant in ("accumulated", "taylor") else 1,
         callbacks=[Watch(out, **options)],
         logger=False,
         enable_checkpointing=False,

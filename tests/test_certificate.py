@@ -46,3 +46,25 @@ def test_a_number_of_its_own_is_no_obstacle() -> None:
     model = Scaled(lambda y, h: y * 0.5)
     GroupNormPruner(model, torch.randn(2, 5)).step()
     assert model.a.out_features == 4
+
+
+class Attention(nn.Module):
+    """Passes its dropout by hand, as most implementations do, and leaves the scale to the default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.head_dim = 2, 4
+        self.qkv, self.out = nn.Linear(3, 24), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=0.0)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def test_the_default_scale_of_attention_is_kept_beside_other_numbers() -> None:
+    model = Attention().eval()
+    plan = GroupNormPruner(model, torch.randn(2, 5, 3)).step()
+    assert model.head_dim == 2
+    assert dict(plan.patches[0].values) == {"scale": 0.5}

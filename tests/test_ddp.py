@@ -20,7 +20,10 @@ def run(out, variant):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
 
 
-@pytest.mark.parametrize("variant", ["default", "unused", "static", "views", "accumulated", "spawn"])
+KINDS = ["default", "unused", "static", "views", "accumulated", "spawn"]
+
+
+@pytest.mark.parametrize("variant", [*KINDS, "taylor", "hessian", "activation"])
 def test_ranks_agree_after_every_cut(tmp_path, variant):
     done = run(tmp_path / "rows.json", variant)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -20,8 +20,10 @@ from lightning_prune.scores.members import real, scored_members
 
 __all__ = [
     "IMPORTANCES",
+    "NEEDS",
     "Evidence",
     "Importance",
+    "Need",
     "position_sums",
     "register",
     "unit_sums",
@@ -38,8 +40,8 @@ class Evidence:
 
     Args:
         include_bias: Whether biases count.
-        gradients: Per parameter name, the accumulated gradient, in the parameter's shape; for ``taylor``.
-        squared_gradients: Per parameter name, the accumulated squared gradient; for ``hessian``.
+        gradients: Per parameter name, the mean gradient, in the parameter's shape; for ``taylor``.
+        squared_gradients: Per parameter name, the mean squared gradient; for ``hessian``.
         activations: Per weight name, the mean magnitude of its layer's output, [size of the weight's
             dimension 0]; for ``activation``.
         generator: Source of ``random``, on the CPU so that every device draws the same. Keep its
@@ -56,14 +58,21 @@ class Evidence:
     memo: dict[tuple[str, str, int, int], Tensor] | None = None
 
 
+Need: TypeAlias = Literal["gradients", "squared_gradients", "activations"]
+
 # (group, all named parameters, evidence) -> [n_units] floats, on the parameters' device, no host sync.
 Importance: TypeAlias = Callable[[Group, Mapping[str, Tensor], Evidence], Tensor]
 
 IMPORTANCES: dict[str, Importance] = {}
+NEEDS: dict[str, Need] = {}
 
 
-def register(name: str) -> Callable[[Importance], Importance]:
+def register(name: str, *, needs: Need | None = None) -> Callable[[Importance], Importance]:
     """Enter an importance into ``IMPORTANCES`` under a name of its own.
+
+    Args:
+        name: What ``importance=`` calls it.
+        needs: Field of ``Evidence`` that has to be collected for it, None for the weights alone.
 
     Raises:
         OptionError: If the name is taken.
@@ -73,6 +82,8 @@ def register(name: str) -> Callable[[Importance], Importance]:
         if name in IMPORTANCES:
             raise OptionError(f"an importance named {name!r} is registered already; choose another name")
         IMPORTANCES[name] = function
+        if needs is not None:
+            NEEDS[name] = needs
         return function
 
     return enter
@@ -177,7 +188,7 @@ def random(group: Group, tensors: Mapping[str, Tensor], evidence: Evidence) -> T
     return drawn.to(_any(tensors).device)
 
 
-@register("taylor")
+@register("taylor", needs="gradients")
 def taylor(group: Group, tensors: Mapping[str, Tensor], evidence: Evidence) -> Tensor:
     """Sum ``(g * w) ** 2``: what the loss changes to first order (Molchanov et al., CVPR 2019)."""
     grads = _required("taylor", "gradients", evidence.gradients, group, tensors, evidence)
@@ -186,7 +197,7 @@ def taylor(group: Group, tensors: Mapping[str, Tensor], evidence: Evidence) -> T
     )
 
 
-@register("hessian")
+@register("hessian", needs="squared_gradients")
 def hessian(group: Group, tensors: Mapping[str, Tensor], evidence: Evidence) -> Tensor:
     """Sum ``h * w ** 2 / 2``, h the squared gradient for the Hessian's diagonal (LeCun, 1989)."""
     fisher = _required("hessian", "squared gradients", evidence.squared_gradients, group, tensors, evidence)
@@ -252,7 +263,7 @@ def fpgm(group: Group, tensors: Mapping[str, Tensor], evidence: Evidence) -> Ten
         return torch.where(finite, distances, torch.nan)
 
 
-@register("activation")
+@register("activation", needs="activations")
 def activation(group: Group, tensors: Mapping[str, Tensor], evidence: Evidence) -> Tensor:
     """Average the mean output magnitude of the layers that produce the unit.
 
@@ -265,7 +276,7 @@ def activation(group: Group, tensors: Mapping[str, Tensor], evidence: Evidence) 
     if not producers:
         raise OptionError(
             f"importance 'activation' needs the outputs of a layer of group {group.name!r}, found those of "
-            f"{len(measured)} other layer(s); run some batches with the measurement on"
+            f"{len(measured)} other layer(s); run some batches within pruner.watch(), then pruner.collect()"
         )
     total = unit_sums(group, producers, lambda m: _wide(measured[m.tensor]), _any(tensors))
     count = unit_sums(group, producers, lambda m: torch.ones_like(_wide(measured[m.tensor])), _any(tensors))
@@ -291,7 +302,7 @@ def _required(
             has = "none" if got is None else f"shape {list(got.shape)}"
             raise OptionError(
                 f"importance {importance!r} needs {what} of shape {list(tensor.shape)} for "
-                f"{member.tensor!r}, got {has}; accumulate them over some batches after the last cut"
+                f"{member.tensor!r}, got {has}; call pruner.collect() after the backward pass of some batches"
             )
         table[member.tensor] = got
     return table

@@ -158,7 +158,7 @@ def attention(
             axis = t.ledger.axis(label, query.ndim - 1)
             t.scaled.append(Scaled(t.modules[-1], axis, int(query.shape[-1])))
     factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
-    t.note_scalars((factor,), whole_numbers=False)
+    t.note_scalars((factor, float(dropout_p)), whole_numbers=False)
     if enable_gqa and key.ndim > 2 and key.shape[-3] != query.shape[-3]:
         times = query.shape[-3] // key.shape[-3]
         key, value = repeat_interleave(t, None, key, times, -3), repeat_interleave(t, None, value, times, -3)

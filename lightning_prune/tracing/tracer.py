@@ -28,6 +28,8 @@ ARITHMETIC = frozenset(
     for prefix in ("", "r", "i")
     for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "pow", "mod", "remainder", "fmod")
 ) | {"multiply", "divide", "subtract", "true_divide", "floor_divide", "full", "fill", "clamp"}
+# The scale in effect counts, whether it was passed or is the default.
+_NOTED_BY_RULE = frozenset({"scaled_dot_product_attention"})
 _HERE = str(Path(__file__).parent.parent)
 
 
@@ -253,7 +255,8 @@ class Functions(TorchFunctionMode):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "").strip("_")
         tracer.begin(name)
-        tracer.note_scalars((*args, *kwargs.values()), whole_numbers=name in ARITHMETIC)
+        if name not in _NOTED_BY_RULE:
+            tracer.note_scalars((*args, *kwargs.values()), whole_numbers=name in ARITHMETIC)
         rule = self.rules.get(func)
         if rule is not None:
             tracer.begin(getattr(func, "__name__", str(func)))

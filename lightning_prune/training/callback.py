@@ -23,6 +23,7 @@ from lightning_prune.selection.requests import check_ratio
 from lightning_prune.surgery.applying import apply
 from lightning_prune.surgery.structure import plan_of, trust_shapes
 from lightning_prune.training import example_inputs, finish
+from lightning_prune.training.evidence import EvidenceGatherer
 from lightning_prune.training.example_inputs import Call, Example
 from lightning_prune.training.gradients import GradientWatch, closes_accumulation, hide_from, loss_scale
 from lightning_prune.training.progress import Progress
@@ -94,6 +95,8 @@ class StructuredPruning(Callback):
         self.iterative_steps = _count("iterative_steps", iterative_steps, 1)
         self.update_every = _count("update_every", update_every, 1)
         self.options = _as_options(options)
+        if type(self).should_prune is StructuredPruning.should_prune:
+            EvidenceGatherer.check(self.options.importance, self.start_epoch)
         self.pruner: GroupNormPruner | None = None
         self.report = finish.FitReport()
         self._progress = Progress()
@@ -106,6 +109,7 @@ class StructuredPruning(Callback):
         self._closes = True
         self._backwards = 0
         self._watch = GradientWatch(self.options.nan_policy)
+        self._gatherer = EvidenceGatherer()
 
     def should_prune(self, epoch: int) -> bool:
         """Say whether ``epoch`` begins with a cut; override it for a schedule of your own.
@@ -176,6 +180,7 @@ class StructuredPruning(Callback):
                 self._build_from_batch(trainer, pl_module, example_inputs.take_batch(trainer, pl_module))
             self._prune(trainer, pl_module)
             self._cut_epoch = epoch
+        self._gatherer.begin_epoch(self.pruner)
 
     @override
     def on_train_batch_start(
@@ -187,6 +192,18 @@ class StructuredPruning(Callback):
         if self.pruner is None:
             self._build_from_batch(trainer, pl_module, batch)
         self._closes = closes_accumulation(trainer, batch_idx)
+        if not self.target_reached:
+            self._gatherer.begin_batch(self.pruner, pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._gatherer.end_batch()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._gatherer.end_batch()
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -368,10 +385,13 @@ class StructuredPruning(Callback):
         self._backwards = 0
         if self.pruner is None or not self._watch.is_finite(trainer, self.pruner.model):
             return
+        grad_scale = share * loss_scale(trainer, optimizer)
+        if not self.target_reached:
+            self._gatherer.collect(trainer, self.pruner, grad_scale)
         if self._regularizes(trainer.current_epoch):
             self.pruner.regularizer.update_every = self.update_every  # a cut makes a new regulariser
             self._watch.warn_of_rounding(self.pruner)
-            self.pruner.regularize(grad_scale=share * loss_scale(trainer, optimizer))
+            self.pruner.regularize(grad_scale=grad_scale)
 
 
 def _has(root: nn.Module, module: str | None) -> bool:

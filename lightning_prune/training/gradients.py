@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_prune.errors import PruneError
 from lightning_prune.pruner import GroupNormPruner
 
-__all__ = ["GradientWatch", "closes_accumulation", "hide_from", "loss_scale"]
+__all__ = ["GradientWatch", "closes_accumulation", "hide_from", "loss_scale", "overflowed"]
 
 
 def closes_accumulation(trainer: Trainer, batch_idx: int) -> bool:
@@ -66,6 +66,11 @@ def _non_finite(model: nn.Module) -> dict[str, Tensor]:
         return {}
     # A norm overflows before its elements do, so only these are the judges.
     return {name: grad for name, grad in grads.items() if not torch.isfinite(grad).all()}
+
+
+def overflowed(trainer: Trainer, model: nn.Module) -> bool:
+    """Say whether the GradScaler will skip this step; without one ``GradientWatch`` has seen to it."""
+    return _is_scaled(trainer) and bool(_non_finite(model))
 
 
 class GradientWatch:

@@ -30,6 +30,7 @@ __all__ = [
     "decide_on_rank_zero",
     "eager",
     "follow_cut",
+    "is_compiled",
     "point_out_neighbours",
 ]
 
@@ -141,12 +142,13 @@ def follow_cut(trainer: Trainer, pl_module: LightningModule) -> None:
         strategy.configure_ddp()
         # The first backward of a static graph under manual optimization is delayed by hand, per wrapper.
         strategy._pl_static_graph_delay_done = False
-    if _is_compiled(pl_module):
+    if is_compiled(pl_module):
         # Eight shapes per code object are compiled, then torch falls back to eager for good.
         torch._dynamo.reset()
 
 
-def _is_compiled(pl_module: LightningModule) -> bool:
+def is_compiled(pl_module: LightningModule) -> bool:
+    """Say whether any of it runs as compiled code."""
     if getattr(pl_module, "_compiler_ctx", None) is not None:
         return True
     return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in pl_module.modules())
