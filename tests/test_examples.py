@@ -169,6 +169,13 @@ def test_ddp(tmp_path) -> None:
 
 
 @pytest.mark.zoo_fast
+def test_timm_model(run, capsys) -> None:
+    pytest.importorskip("timm")
+    run("timm_model.py")
+    assert capsys.readouterr().out.count(": 2 heads of ") == 3  # of 3
+
+
+@pytest.mark.zoo_fast
 @pytest.mark.filterwarnings("ignore")  # torchao tries kernels for other machines
 def test_quantize(run, capsys) -> None:
     pytest.importorskip("torchao")
