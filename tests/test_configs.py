@@ -137,15 +137,81 @@ def test_a_config_follows_a_second_cut() -> None:
     assert fresh.config == model.config
 
 
-def test_parts_of_unequal_width_leave_the_config() -> None:
+def test_an_integer_of_parts_of_unequal_width_stays_and_the_others_follow() -> None:
     """One ``inner`` cannot say 6 and 12."""
     model = stack()
     config = model.config
-    prune(model, X, ignored_layers=[model.parts[1].up])
+    pruner = GroupNormPruner(model, X, ignored_layers=[model.parts[1].up])
+    pruner.step()
     assert model.parts[0].up.out_features == 6
     assert model.parts[1].up.out_features == 12
     assert config == Sizes()
-    assert model.config == Sizes()
+    assert model.config == Sizes(width=model.enter.out_features)
+    assert "it says [12, " in pruner.notes[-1]
+
+
+def test_two_of_three_decide() -> None:
+    model = stack(Sizes(depth=3))
+    kept = {"up.weight:0": 7, "up.bias:0": 7, "down.weight:1": 7}
+    cuts = narrower(model, {f"parts.{i}.{at}": n for i in (0, 1) for at, n in kept.items()})
+    found, [note] = config_rewrites(model, cuts, (), frozenset())
+    assert Rewrite("", "config.inner", 12, 7) in found
+    assert "it says [7, 8] for parts.2.up.weight, [12, 8] is kept" in note
+
+
+@dataclass
+class Lists:
+    """Widths in a list, and a config inside the config."""
+
+    widths: Any
+    part_config: Any
+
+
+def test_lists_and_configs_inside_a_config_follow() -> None:
+    class Tower(nn.Module):
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.config = config
+            self.enter = nn.Linear(5, config.part_config.width)
+            self.part = Part(config.part_config)
+            self.gain = nn.Parameter(torch.ones(1, config.part_config.width) * 0.5)
+            self.mid = nn.Linear(config.part_config.width, config.widths[0])
+            self.last = nn.Linear(config.widths[0], config.widths[1])
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.last(torch.relu(self.mid(self.part(self.enter(x)) * self.gain)))
+            return out
+
+    inner = Sizes(width=8, inner=12)
+    config = Lists([6, 3], inner)
+    model = randomise(Tower(config), 0)
+    pruner = GroupNormPruner(model, X)
+    pruner.step()
+    assert model.config == Lists([3, 3], Sizes(width=4, inner=6))
+    assert model.part.config is model.config.part_config
+    assert (config, inner) == (Lists([6, 3], inner), Sizes(width=8, inner=12))
+    assert shapes(Tower(model.config)) == shapes(model)
+    assert pruner.notes == ()
+
+
+def test_the_integers_of_a_parameter_that_no_layer_owns_follow() -> None:
+    """Nothing but the size of the bare weight says what ``inner`` is."""
+
+    class Bare(nn.Module):
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.config = config
+            self.up = nn.Parameter(torch.empty(2 * config.inner, 5))
+            self.down = nn.Parameter(torch.empty(3, config.inner))
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = torch.nn.functional.linear(x, self.up).chunk(2, dim=-1)
+            return torch.nn.functional.linear(a * b, self.down)
+
+    model = randomise(Bare(Sizes()), 0)
+    prune(model, X)
+    assert tuple(model.up.shape) == (12, 5)
+    assert model.config == Sizes(inner=6)
 
 
 def test_a_config_whose_model_takes_more_than_a_config_is_left() -> None:
@@ -187,7 +253,14 @@ def test_a_config_that_cannot_be_true_is_noted() -> None:
     cuts = narrower(model, {"parts.0.up.weight:0": 7, "parts.0.up.bias:0": 7, "parts.0.down.weight:1": 7})
     found, [note] = config_rewrites(model, cuts, (Rewrite("parts.0.up", "out_features", 12, 7),), frozenset())
     assert found == ()
-    assert "config is left as it was" in note
+    assert "config cannot tell all sizes that are kept, it says [12, 8] for parts.0.up.weight, [7, 8]" in note
+
+
+def test_a_module_that_computes_in_another_way_is_noted() -> None:
+    model = stack(Sizes(depth=1))
+    cuts = narrower(model, {"parts.0.up.weight:0": 7, "parts.0.up.bias:0": 7, "parts.0.down.weight:1": 7})
+    _, [note] = config_rewrites(model, cuts, (), frozenset(), frozenset({"parts.0"}))
+    assert "not the scales" in note
 
 
 def test_nothing_is_said_of_a_config_that_no_cut_concerns() -> None:
@@ -288,15 +361,14 @@ def test_the_layers_of_a_llama_know_their_width(transformers: Any) -> None:
     assert [layer.hidden_size for layer in model.layers] == [16, 16]
 
 
-def test_the_config_of_a_bert_is_left(transformers: Any) -> None:
-    """It has no head size of its own: with 4 heads of 2 in a width of 16 no value of it is true."""
+def test_the_config_of_a_bert_cannot_tell_the_size_of_its_heads(transformers: Any) -> None:
+    """It has no head size of its own: with 4 heads of 2 in a width of 16, only the other sizes are told."""
     config = transformers.BertConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, vocab_size=11,
         max_position_embeddings=16,
     )  # fmt: skip
     model = randomise(transformers.BertModel(config, add_pooling_layer=False), 0)
-    before = copy.deepcopy(config.to_dict())
     plan = prune(model, ids())
     assert model.encoder.layer[0].attention.self.query.out_features == 8
-    assert not [r for r in plan.rewrites if r.path.startswith("config.")]
-    assert model.config.to_dict() == before
+    told = [(r.path, r.before, r.after) for r in plan.rewrites if r.path.startswith("config.")]
+    assert told == [("config.intermediate_size", 24, 12)]

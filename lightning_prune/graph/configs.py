@@ -1,26 +1,29 @@
 """Configs that a model was built from: which of their integers follow a cut, proved by building it again.
 
-The model is built a second time on the meta device from a copy of its config whose integers are tracked.
-What its modules then hold says which expression of the config every size came from. After a cut the
-integers are solved from the new sizes; if the model built from the new config has exactly the shapes of the
-pruned one, the config is rewritten, else it is left alone.
+What the model is made of says which expression of the config every size came from (``origins``). After a cut
+the integers are solved from the new sizes; each gets the value that most of its sizes agree on. Then the
+model is built from the new config: whatever differs from the pruned one is told.
 """
 
 from __future__ import annotations
 
-import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
+from lightning_prune.errors import PlanError
+from lightning_prune.graph.origins import Origins, built, integers_of, origins_of, with_integers
 from lightning_prune.plan import Cut, Rewrite
-from lightning_prune.tracing.integers import Expr, Recorder, Size, evaluate, invert, mentions
+from lightning_prune.surgery.attributes import config_objects, get_path
+from lightning_prune.tracing.integers import Expr, evaluate, invert, mentions
 
 Relation = tuple[Expr, int]
+Values = Mapping[tuple[str, str], int]
+LOAD = "load the model through lightning_prune.checkpoint, not from the config alone"
 
 
 def owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
@@ -36,7 +39,11 @@ def owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
 
 
 def config_rewrites(
-    model: nn.Module, cuts: tuple[Cut, ...], rewrites: tuple[Rewrite, ...], used: frozenset[tuple[str, str]]
+    model: nn.Module,
+    cuts: tuple[Cut, ...],
+    rewrites: tuple[Rewrite, ...],
+    used: frozenset[tuple[str, str]],
+    patched: frozenset[str] = frozenset(),
 ) -> tuple[tuple[Rewrite, ...], tuple[str, ...]]:
     """Rewrites that keep configs, and attributes that were copied from them, true.
 
@@ -45,49 +52,54 @@ def config_rewrites(
         cuts: What is cut.
         rewrites: New values of the modules' own attributes, as far as sizes decide them.
         used: (module, path) of attributes that the forward uses; these are decided by ``rewrites`` alone.
+        patched: Modules that compute in another way from now on.
 
     Returns:
-        The rewrites, and a note for each config that has to be left.
+        The rewrites, and a note for each config that cannot tell everything.
     """
-    found: list[Rewrite] = []
+    found: dict[tuple[str, str], Rewrite] = {}
     notes: list[str] = []
     after = {(r.module, r.path): int(r.after) for r in rewrites if isinstance(r.after, int)}
+    told: set[int] = set()
     for name, module, config in owners(model):
         prefix = f"{name}." if name else ""
         here = tuple(c for c in cuts if c.tensor.startswith(prefix))
-        if not here or any(module == name and path.startswith("config.") for module, path in after):
+        if not here or id(config) in told:
             continue
-        solved = _Solved.of(module, config, prefix, here, after)
+        solved = _Solved.of(module, config, prefix, here, after, used)
         if solved is None:
+            notes.append(f"{prefix}config is left as it was: no model can be built from it alone; {LOAD}")
+            continue
+        told |= {id(one) for _, one in config_objects(config)}
+        if solved.differences:
+            said = next(iter(solved.differences.values()))
+            notes.append(f"{prefix}config cannot tell all sizes that are kept, it says {said}: {LOAD}")
+        elif solved.computes_otherwise or any(m == name or m.startswith(prefix) for m in patched):
             notes.append(
-                f"{prefix}config is left as it was: no values of its integers give the sizes that are kept"
+                f"{prefix}config gives the sizes that are kept, but not the scales or frequencies: {LOAD}"
             )
-        else:
-            if not solved.is_whole:
-                notes.append(
-                    f"{prefix}config gives the sizes that are kept, but not the scales or frequencies: "
-                    "load the model through load_pruned_state or apply, not from the config alone"
-                )
-            found += [Rewrite(name, f"config.{k}", getattr(config, k), v) for k, v in solved.changed.items()]
-            found += [
-                r for r in solved.copies if (r.module, r.path) not in used and (r.module, r.path) not in after
-            ]
-    return tuple(found), tuple(notes)
+        for r in solved.rewrites(name, config):
+            if (r.module, r.path) not in used and (r.module, r.path) not in after:
+                found[r.module, r.path] = r
+    return tuple(found.values()), tuple(notes)
 
 
 @dataclass(frozen=True)
 class _Solved:
-    """New integers of a config, attributes that were copied from them, and whether they tell all.
+    """New integers of a config, attributes that were copied from them, and what they do not tell.
 
     Args:
-        changed: New values by name.
+        changed: New values by path.
         copies: Rewrites of attributes.
-        is_whole: False where building from the new config gives the sizes, but other numbers than are kept.
+        differences: Tensors that the new config would give another shape: name -> what it says and keeps.
+        computes_otherwise: True where it gives the sizes, but would make other numbers than are kept, or read
+            the same shapes in another way.
     """
 
     changed: dict[str, int]
     copies: tuple[Rewrite, ...]
-    is_whole: bool
+    differences: Mapping[str, str]
+    computes_otherwise: bool
 
     @staticmethod
     def of(
@@ -95,38 +107,111 @@ class _Solved:
         config: Any,
         prefix: str,
         cuts: tuple[Cut, ...],
-        after: Mapping[tuple[str, str], int],
+        after: Values,
+        used: frozenset[tuple[str, str]],
     ) -> _Solved | None:
-        """Solve; None if the model built from the new config has other shapes than the pruned one."""
-        keys = [k for k, v in vars(config).items() if type(v) is int and not k.startswith("_")]
-        values = {i: int(getattr(config, k)) for i, k in enumerate(keys)}
-        tracked = {k: Size(values[i], ("attr", i), SILENT) for i, k in enumerate(keys)}
-        twin = _built(module, _with(config, tracked))
-        if twin is None:
+        """Solve; None if no model can be built from the config, the old or the new one."""
+        before = integers_of(config)
+        origins = origins_of(module, config, list(before))
+        if origins is None:
             return None
-        relations = list(_relations(module, twin, prefix))
-        _solve([(expr, after[place]) for place, expr, _ in relations if place in after], values)
-        changed = {k: values[i] for i, k in enumerate(keys) if values[i] != getattr(config, k)}
-        rebuilt = _built(module, _with(config, changed))
-        if rebuilt is None or _shapes(rebuilt) != _shapes_after(module, prefix, cuts):
+        name = prefix.rstrip(".")
+        fixed = [
+            (("attr", i), after[name, f"config.{path}"])
+            for i, path in enumerate(before)
+            if (name, f"config.{path}") in after
+        ]
+        shapes = _shapes_after(module, prefix, cuts)
+        equations = fixed + list(_equations(origins, shapes, prefix, after, used))
+        # What is only computed with other integers is believed where everything comes out right, else not.
+        for trusted in (equations, [e for e in equations if e[0][0] == "attr"]):
+            values = dict(enumerate(before.values()))
+            _solve(fixed, values)
+            _solve(trusted, values, {expr[1] for expr, _ in fixed}, origins.blurred)
+            changed = {path: values[i] for i, path in enumerate(before) if values[i] != before[path]}
+            rebuilt = built(module, with_integers(config, changed))
+            differences = {} if rebuilt is None else _differences(_shapes(rebuilt), shapes)
+            if rebuilt is not None and not differences:
+                break
+        if rebuilt is None:
             return None
         copies = tuple(
-            Rewrite(where, path, before, evaluate(expr, _no_axis, values))
-            for (where, path), expr, before in relations
-            if evaluate(expr, _no_axis, values) != before
+            Rewrite((prefix + where).rstrip("."), path, now, new)
+            for (where, path), (expr, now) in origins.attributes.items()
+            if (new := evaluate(expr, _no_axis, values)) != now
+            if not any(tensor.startswith(f"{where}." if where else "") for tensor in differences)
         )
-        return _Solved(changed, copies, not _computes_otherwise(module, rebuilt, prefix, cuts))
+        stored = set(module.state_dict(keep_vars=True))
+        otherwise = (
+            any(c.tensor.removeprefix(prefix) not in stored for c in cuts)
+            or _other_scales(module, rebuilt)
+            or _other_sizes(module, rebuilt, prefix, after, used)
+        )
+        return _Solved(changed, copies, differences, otherwise)
+
+    def rewrites(self, name: str, config: Any) -> Iterator[Rewrite]:
+        """All of it, as rewrites."""
+        before = integers_of(config)
+        yield from (Rewrite(name, f"config.{p}", before[p], v) for p, v in self.changed.items())
+        yield from self.copies
 
 
-def _computes_otherwise(module: nn.Module, rebuilt: nn.Module, prefix: str, cuts: tuple[Cut, ...]) -> bool:
-    """True if building from the new config would give other numbers than the pruned model keeps.
+def _equations(
+    origins: Origins,
+    shapes: Mapping[str, tuple[int, ...]],
+    prefix: str,
+    after: Values,
+    used: frozenset[tuple[str, str]],
+) -> Iterator[Relation]:
+    """What the lengths of tensors, and the attributes that the forward uses, say of the config's integers."""
+    for (tensor, dim), expr in origins.sizes.items():
+        if tensor in shapes:
+            yield expr, shapes[tensor][dim]
+    for (where, path), (expr, now) in origins.attributes.items():
+        place = ((prefix + where).rstrip("."), path)
+        if place in used:
+            yield expr, after.get(place, now)
 
-    A scale that followed the head dimension, or frequencies that are made anew, would load without an error
-    and compute something else.
+
+def _solve(
+    equations: list[Relation],
+    values: dict[int, int],
+    known: set[int] | None = None,
+    blurred: frozenset[int] = frozenset(),
+) -> None:
+    """Give every integer the value that most equations agree on, if most do; plain lengths are asked first.
+
+    A blurred integer is solved by plain lengths alone: of its other equations a part may be hidden.
     """
-    stored = set(module.state_dict(keep_vars=True))
-    if any(c.tensor.removeprefix(prefix) not in stored for c in cuts):
-        return True
+    known = set() if known is None else known
+    plain = [e for e in equations if e[0][0] == "attr"]
+    while True:
+        votes = _votes(plain, values, known) or _votes(equations, values, known | blurred)
+        if not votes:
+            return
+        for one, counted in votes.items():
+            value, agreeing = counted.most_common(1)[0]
+            if 2 * agreeing > counted.total():
+                values[one] = value
+        known |= set(votes)
+
+
+def _votes(equations: list[Relation], values: dict[int, int], known: set[int]) -> dict[int, Counter[int]]:
+    """Per integer that some equation holds alone, how often each value would solve it."""
+    votes: dict[int, Counter[int]] = {}
+    for expr, target in equations:
+        free = mentions(expr, "attr") - known
+        if len(free) == 1:
+            (one,) = free
+            holds = evaluate(expr, _no_axis, values) == target
+            value = values[one] if holds else invert(expr, target, _no_axis, values, one)
+            if value is not None:
+                votes.setdefault(one, Counter())[value] += 1
+    return votes
+
+
+def _other_scales(module: nn.Module, rebuilt: nn.Module) -> bool:
+    """True if a number that followed a size, such as a scale, would be made anew."""
     mine = dict(module.named_modules())
     for name, other in rebuilt.named_modules():
         kept = vars(mine[name]) if name in mine else {}
@@ -135,57 +220,24 @@ def _computes_otherwise(module: nn.Module, rebuilt: nn.Module, prefix: str, cuts
     return False
 
 
-def _solve(equations: list[Relation], values: dict[int, int]) -> None:
-    """Solve for one integer after the other, the plain ones first."""
-    known: set[int] = set()
-    for expr, value in sorted(equations, key=lambda e: e[0][0] != "attr"):
-        free = sorted(mentions(expr, "attr") - known)
-        if not free:
+def _other_sizes(
+    module: nn.Module, rebuilt: nn.Module, prefix: str, after: Values, used: frozenset[tuple[str, str]]
+) -> bool:
+    """True if the forward would use another size: the same shapes may be read as more, narrower heads."""
+    mine, other = dict(module.named_modules()), dict(rebuilt.named_modules())
+    for place, path in used:
+        name = place.removeprefix(prefix) if place != prefix.rstrip(".") else ""
+        if path.startswith("config.") or name not in mine or name not in other:
             continue
-        if evaluate(expr, _no_axis, values) != value:
-            solved = invert(expr, value, _no_axis, values, free[0])
-            if solved is None:
-                continue
-            values[free[0]] = solved
-        known.add(free[0])
+        with suppress(PlanError):
+            now = after.get((place, path), get_path(mine[name], path))
+            if get_path(other[name], path) != now:
+                return True
+    return False
 
 
 def _no_axis(axis: int) -> int:
     raise AssertionError(axis)
-
-
-SILENT = Recorder(lambda expr, value: None, lambda left, right, value: None)
-
-
-def _with(config: Any, values: Mapping[str, int]) -> Any:
-    twin = copy.deepcopy(config)
-    vars(twin).update(values)
-    return twin
-
-
-def _built(module: nn.Module, config: Any) -> nn.Module | None:
-    """The module built from a config, on the meta device; None where its class cannot be built like that."""
-    with suppress(Exception), torch.device("meta"), torch.random.fork_rng(devices=[]):
-        twin = type(module)(config)
-        return twin if isinstance(twin, nn.Module) else None
-    return None
-
-
-def _relations(
-    module: nn.Module, twin: nn.Module, prefix: str
-) -> Iterator[tuple[tuple[str, str], Expr, int]]:
-    """((module, path), expression of the config, value now) of every attribute that came from the config."""
-    mine = dict(module.named_modules())
-    for name, other in twin.named_modules():
-        if name not in mine:
-            continue
-        where = (prefix + name).rstrip(".")
-        for key, value in vars(other).items():
-            items = list(enumerate(value)) if isinstance(value, (tuple, list)) else [(None, value)]
-            for index, item in items:
-                if isinstance(item, Size):
-                    path = key if index is None else f"{key}[{index}]"
-                    yield (where, path), item.expr, int.__int__(item)
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -199,3 +251,12 @@ def _shapes_after(module: nn.Module, prefix: str, cuts: tuple[Cut, ...]) -> dict
         if name in shapes:
             shapes[name][cut.dim] = cut.kept
     return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def _differences(told: Mapping[str, tuple[int, ...]], kept: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    return {
+        name: f"{list(told[name]) if name in told else 'nothing'} for {name}, "
+        f"{list(kept[name]) if name in kept else 'nothing'} is kept"
+        for name in {**kept, **told}
+        if told.get(name) != kept.get(name)
+    }

@@ -54,7 +54,8 @@ def make_plan(
         for e in graph.tracer.equations
         for i in mentions(e.expr, "attr")
     )
-    of_configs, notes = config_rewrites(model, plan.cuts, rewrites, used)
+    patched = frozenset(p.module for p in plan.patches)
+    of_configs, notes = config_rewrites(model, plan.cuts, rewrites, used, patched)
     decided = frozenset((r.module, r.path) for r in rewrites + of_configs)
     stated = tuple(stated_widths(model, plan.cuts, used, decided))
     return Plan(plan.cuts, rewrites + of_configs + stated, plan.patches, plan.sizes), notes

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_prune.errors import PlanError
 from lightning_prune.plan import Cut, Plan, Rewrite
-from lightning_prune.surgery.attributes import get_path, remember, set_path
+from lightning_prune.surgery.attributes import config_objects, get_path, remember, set_path
 from lightning_prune.surgery.cutting import cut_tensor, set_tensor_data
 from lightning_prune.surgery.patches import check_patch, install_patch, remember_patch
 
@@ -109,15 +109,16 @@ class Snapshot:
 
 def own_configs(model: nn.Module, plan: Plan) -> None:
     """Give a model a config of its own before it is rewritten: other models may hold the same object."""
-    copies: dict[int, Any] = {}
+    copies: dict[int, Any] = {}  # one memo: what held a part of another config holds a part of its copy
     for holder, key, config in list(_config_holders(model, plan)):
-        vars(holder)[key] = copies.setdefault(id(config), copy.deepcopy(config))
+        vars(holder)[key] = copy.deepcopy(config, copies)
 
 
 def _config_holders(model: nn.Module, plan: Plan) -> Iterator[tuple[nn.Module, str, Any]]:
     """Every attribute of a module that holds an object into which a rewrite reaches."""
     roots = {(r.module, r.path.partition(".")[0]) for r in plan.rewrites if "." in r.path}
-    shared = {id(c): c for m, k in roots if (c := vars(model.get_submodule(m)).get(k)) is not None}
+    found = [c for m, k in roots if (c := vars(model.get_submodule(m)).get(k)) is not None]
+    shared = {id(one) for c in found for one in (c, *(inner for _, inner in config_objects(c)))}
     for module in model.modules():
         for key, value in list(vars(module).items()):
             if id(value) in shared:

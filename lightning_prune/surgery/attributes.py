@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from lightning_prune.errors import PlanError
 from lightning_prune.plan import Plan, Rewrite, Scalar
 
-__all__ = ["cosmetic_rewrites", "get_path", "remember", "set_path"]
+__all__ = ["config_objects", "cosmetic_rewrites", "get_path", "remember", "set_path"]
 
 Token: TypeAlias = tuple[str, Any]  # ("attr", name) or ("item", key)
 _PART = re.compile(r"\.?(?P<name>[^\W\d]\w*)|\[(?P<index>-?\d+)\]|\[(?P<quote>['\"])(?P<key>.*?)(?P=quote)\]")
@@ -82,6 +82,25 @@ def remember(root: object, path: str) -> Callable[[], None]:
             delattr(holder, name)  # it came from the class, and does so again
 
     return undo
+
+
+def config_objects(config: object, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (path, object) of a config and of those inside it (``text_config``), each once; paths end in a dot.
+
+    >>> from types import SimpleNamespace
+    >>> text = SimpleNamespace(width=2)
+    >>> [where for where, _ in config_objects(SimpleNamespace(text_config=text, other=text))]
+    ['', 'text_config.']
+    """
+    seen: set[int] = set()
+    pending: list[tuple[str, Any]] = [(path, config)]
+    while pending:
+        where, one = pending.pop()
+        if id(one) in seen or not hasattr(one, "__dict__") or isinstance(one, (nn.Module, type, Mapping)):
+            continue
+        seen.add(id(one))
+        yield where, one
+        pending += [(f"{where}{k}.", v) for k, v in vars(one).items() if k.endswith("config")]
 
 
 def _parse(path: str) -> list[Token]:

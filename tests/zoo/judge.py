@@ -154,7 +154,7 @@ def _stages(case: ZooCase, model: nn.Module, inputs: Any, verdict: Verdict, reas
     yield "exact"
     verdict.detail = f"{error_of(dense, model, plan, inputs):.1e}"
     yield "attributes"
-    false = false_attributes(dense, model, inputs, config=not case.options)
+    false = false_attributes(dense, model, inputs, notes=pruner.notes)
     yield "gradients"
     check_gradients(case, model)
     if case.generates:
@@ -243,12 +243,22 @@ def check_gradients(case: ZooCase, model: nn.Module) -> None:
         raise WrongError(f"gradients that are not finite: {', '.join(bad[:3])}")
 
 
-def check_generates(model: Any, inputs: Mapping[str, Tensor]) -> None:
-    """``generate()`` runs and gives the tokens that repeated full passes give."""
-    with torch.no_grad():
-        out = model.generate(**inputs, max_new_tokens=3, do_sample=False)
-    if out.shape[0] != next(iter(inputs.values())).shape[0]:
-        raise WrongError(f"generate() gave {list(out.shape)}")
+@torch.no_grad()
+def check_generates(model: Any, inputs: Mapping[str, Tensor], new: int = 3) -> None:
+    """``generate()``, with its cache, gives the tokens that repeated full passes give."""
+    out = model.generate(**inputs, max_new_tokens=new, do_sample=False)
+    grows = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
+    ended = torch.zeros(len(out), dtype=torch.bool)
+    for n in range(max(out.shape[1] - new, inputs[grows].shape[1]), out.shape[1]):
+        logits = call(model, {**inputs, grows: out[:, :n], "use_cache": False}).logits[:, -1]
+        differs = (logits.argmax(-1) != out[:, n]) & ~ended
+        if differs.any():
+            raise WrongError(
+                f"generate() gave {out[:, n].tolist()}, full passes {logits.argmax(-1).tolist()}"
+            )
+        ended |= out[:, n] == model.generation_config.eos_token_id
+    if out.shape[1] <= inputs[grows].shape[1]:
+        raise WrongError(f"generate() gave nothing new: {list(out.shape)}")
 
 
 def why_kept(pruner: GroupNormPruner) -> dict[str, list[str]]:

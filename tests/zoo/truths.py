@@ -3,34 +3,51 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from oracle import call
+from oracle import call, relative_error, tensors_in
 from torch import Tensor, nn
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def false_attributes(dense: nn.Module, pruned: nn.Module, inputs: Any, *, config: bool = True) -> list[str]:
+def false_attributes(
+    dense: nn.Module, pruned: nn.Module, inputs: Any, *, notes: Sequence[str] = ()
+) -> list[str]:
     """List what an attribute says that is not so.
 
     Args:
         dense: The model before the cut.
         pruned: The model after it.
         inputs: Example inputs of both.
-        config: Whether a Hugging Face ``config`` has to build the pruned shapes; many have no field for heads
-            narrower than ``hidden_size // num_attention_heads``.
+        notes: What the pruner said of configs that do not tell everything.
     """
     false = [f"{name}: {fault}" for name, module in pruned.named_modules() for fault in _layer(module)]
-    return false + _timm(dense, pruned, inputs) + (_config(pruned) if config else [])
+    return false + _timm(dense, pruned, inputs) + _config(dense, pruned, inputs, notes)
 
 
-def _config(pruned: Any) -> list[str]:
-    """A Hugging Face model can be built again from its ``config``, with the very shapes."""
+def _config(dense: Any, pruned: Any, inputs: Any, notes: Sequence[str]) -> list[str]:
+    """A Hugging Face model can be built again from its ``config``, or a note says what that cannot tell."""
     config = getattr(pruned, "config", None)
     if config is None or not hasattr(config, "to_dict"):
         return []
+    said = [note for note in notes if note.startswith("config ")]
+    wrong = _other_shapes(pruned, config)
+    if wrong:
+        if not said:
+            return wrong
+        told = {name for name, _ in pruned.named_parameters() if f" for {name}, " in said[0]}
+        known = [fault for fault in wrong if any(f" for {name}, " in fault for name in told)]
+        worse = len(wrong) > len(_other_shapes(pruned, dense.config))
+        return [*([] if known else [f"the note names no difference: {said[0]}"]), *(wrong if worse else [])]
+    if _computes_alike(pruned, config, inputs):
+        return [f"the config tells everything, and yet: {note}" for note in said]
+    return [] if said else ["a model built from the config, with the same weights, computes something else"]
+
+
+def _other_shapes(pruned: Any, config: Any) -> list[str]:
     try:
         with torch.device("meta"):
             again = type(pruned)(copy.deepcopy(config))
@@ -42,6 +59,20 @@ def _config(pruned: Any) -> list[str]:
         for n, p in pruned.named_parameters()
         if want.get(n) != tuple(p.shape)
     ]
+
+
+@torch.no_grad()
+def _computes_alike(pruned: Any, config: Any, inputs: Any) -> bool:
+    again = type(pruned)(copy.deepcopy(config)).eval()
+    again.load_state_dict(pruned.state_dict())
+    torch.manual_seed(0)
+    try:
+        got = tensors_in(call(again, inputs))
+    except RuntimeError:  # it has the shapes, but does not run with them
+        return False
+    torch.manual_seed(0)
+    want = tensors_in(call(copy.deepcopy(pruned), inputs))
+    return len(got) == len(want) and all(relative_error(g, w) < 1e-4 for g, w in zip(got, want, strict=True))
 
 
 def _layer(module: Any) -> list[str]:
