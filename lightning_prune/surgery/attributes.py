@@ -85,7 +85,7 @@ def remember(root: object, path: str) -> Callable[[], None]:
 
 
 def config_objects(config: object, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (path, object) of a config and of those inside it (``text_config``), each once; paths end in a dot.
+    """Yield (path, object) of a config and of those inside it, such as ``text_config``; paths end in a dot.
 
     >>> from types import SimpleNamespace
     >>> text = SimpleNamespace(width=2)
