@@ -220,13 +220,14 @@ def _owning_parameters(reach: _Reach, places: tuple[Place, ...], n_classes: int)
 
 def _signatures(classes: Classes, reach: _Reach) -> tuple[Ints, Ints, Ints]:
     """Per removable class: its id, a hash of {places} and kind, and (first place, first position)."""
-    width = int(reach.place.max()) + 1
-    pairs = np.divmod(np.unique(reach.element * width + reach.place), width)
+    # The table is in order of element, place and position: equal neighbours are all repeats there are.
+    begins = np.concatenate([[True], reach.element[1:] != reach.element[:-1]])
+    is_new = np.concatenate([[True], reach.place[1:] != reach.place[:-1]]) | begins
     weight = np.random.default_rng(0).integers(1, 2**62, int(reach.place.max()) + 1)
-    elements, start = np.unique(pairs[0], return_index=True)
-    key = np.add.reduceat(weight[pairs[1]], start)
+    head = np.flatnonzero(begins)
+    elements = reach.element[head]
+    key = np.add.reduceat(weight[reach.place[is_new]], np.flatnonzero(begins[is_new]))
     key = key * 3 + _kind_codes(classes, elements)
-    head = np.searchsorted(reach.element, elements)  # the table is in order of element, place, position
     first = np.column_stack([reach.place[head], reach.position[head]])
     return elements, key, first
 

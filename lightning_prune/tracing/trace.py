@@ -22,6 +22,7 @@ from lightning_prune.tracing import (
     sizes,
     windows,
 )
+from lightning_prune.tracing.borrowing import Borrowed, SharedWriteError, copy_for_tracing
 from lightning_prune.tracing.layers import replace_layers
 from lightning_prune.tracing.rules import FUNCTIONS, follow
 from lightning_prune.tracing.tracer import (
@@ -29,7 +30,6 @@ from lightning_prune.tracing.tracer import (
     Operations,
     Tracer,
     call,
-    copy_for_tracing,
     follow_modules,
     label_tensors,
     output_tensors,
@@ -72,16 +72,31 @@ def trace(
         TraceError: If the model has lazy parameters, cannot be copied, or fails on the inputs.
     """
     refuse_lazy(model)
-    twin = copy_for_tracing(model)
-    tracer = Tracer()
+    given = (example_inputs, forward_fn, output_transform or (lambda outputs: outputs), custom, prepare)
+    tracer = _trace(model, *given, share=True)
+    return _trace(model, *given, share=False) if tracer.borrowed.was_written else tracer
+
+
+def _trace(
+    model: nn.Module,
+    example_inputs: Any,
+    forward_fn: Callable[..., Any] | None,
+    pick: Callable[..., Any],
+    custom: Any,
+    prepare: Callable[[Tracer, nn.Module], None] | None,
+    *,
+    share: bool,
+) -> Tracer:
+    """Trace a copy whose parameters lie in the model's own memory, or, if it writes into them, in its own."""
+    twin = copy_for_tracing(model, share=share)
+    tracer = Tracer(Borrowed(model if share else None))
     label_tensors(tracer, twin)
     replace_layers(tracer, twin, custom)
     track_attributes(tracer, twin)
     follow_modules(tracer, twin)
     if prepare is not None:
         prepare(tracer, twin)
-    pick = output_transform or (lambda outputs: outputs)
-    with undisturbed():
+    with undisturbed(), suppress(SharedWriteError):
         _freeze_outputs(tracer, pick(_run(tracer, twin, example_inputs, forward_fn)))
         if set(_unused(tracer)) - tracer.buffers:  # layers that work in training alone: auxiliary heads
             with suppress(TraceError):
@@ -116,9 +131,11 @@ def _run(tracer: Tracer, twin: nn.Module, example_inputs: Any, forward_fn: Calla
     try:
         with torch.no_grad(), Operations(tracer, follow), Functions(tracer, FUNCTIONS):
             return call(twin, example_inputs, forward_fn)
-    except PruneError:
+    except (PruneError, SharedWriteError):
         raise
     except Exception as error:
+        if tracer.borrowed.was_written:  # the model met the refusal and made it an error of its own
+            raise SharedWriteError from error
         raise TraceError(
             f"The model was to be run once on the example inputs, but {tracer.modules[-1] or 'it'} failed in "
             f"{tracer.op or 'its forward'} with {type(error).__name__}: {error}. "

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_prune.errors import TraceError
+from lightning_prune.tracing.borrowing import Borrowed
 from lightning_prune.tracing.integers import Equation, Expr, Recorder, Size, mentions
 from lightning_prune.tracing.labels import Ints, Label, Ledger, Site, Tags, opaque
 
@@ -71,7 +71,7 @@ class Unknown:
 class Tracer:
     """State of one trace. Rules receive it as their first argument."""
 
-    def __init__(self) -> None:
+    def __init__(self, borrowed: Borrowed | None = None) -> None:
         self.ledger = Ledger()
         self.attributes: list[Attribute] = []
         self.equations: list[Equation] = []
@@ -91,6 +91,7 @@ class Tracer:
         self.inputs: set[tuple[str, int]] = set()
         self.paused = 0
         self.op = ""
+        self.borrowed = borrowed or Borrowed()
         self.recorder = Recorder(self._on_value, self._on_equal)
         self._site: Site | None = None
         self._lines: dict[tuple[CodeType, int], str] = {}
@@ -257,6 +258,7 @@ class Functions(TorchFunctionMode):
         tracer.begin(name)
         if name not in _NOTED_BY_RULE:
             tracer.note_scalars((*args, *kwargs.values()), whole_numbers=name in ARITHMETIC)
+        tracer.borrowed.watch_function(name, args)
         rule = self.rules.get(func)
         if rule is not None:
             tracer.begin(getattr(func, "__name__", str(func)))
@@ -271,6 +273,11 @@ class Functions(TorchFunctionMode):
         return out
 
 
+@lru_cache(maxsize=4096)
+def _name(func: Any) -> str:
+    return str(func._schema.name.removeprefix("aten::"))
+
+
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside: carries labels through primitive operations."""
 
@@ -283,9 +290,10 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        self.tracer.borrowed.watch_operation(func, args, kwargs)
         out = func(*args, **kwargs)
         if not self.tracer.paused:
-            self.tracer.begin(func._schema.name.removeprefix("aten::"))
+            self.tracer.begin(_name(func))
             self.follow(self.tracer, func, args, kwargs, out)
         return out
 
@@ -362,22 +370,6 @@ def _leave(tracer: Tracer) -> Callable[..., None]:
         tracer.modules.pop()
 
     return hook
-
-
-def copy_for_tracing(model: nn.Module) -> nn.Module:
-    """Deep copy without hooks of the user's, in eval mode.
-
-    Raises:
-        TraceError: If the model cannot be copied.
-    """
-    try:
-        twin = copy.deepcopy(model)
-    except Exception as error:
-        raise TraceError(
-            f"The model {type(model).__name__} was to be traced on a copy, but copy.deepcopy failed with "
-            f"{type(error).__name__}: {error}. Detach stored tensors and drop handles that cannot be copied."
-        ) from error
-    return twin.eval()
 
 
 def output_tensors(value: Any, seen: set[int] | None = None) -> list[Tensor]:
