@@ -37,6 +37,17 @@ def _two_outputs() -> nn.Module:
     return Net(run, l1=nn.Linear(5, 8), l2=nn.Linear(8, 6), fa=nn.Linear(8, 3), fb=nn.Linear(6, 2))
 
 
+def _mixed_by_conv() -> nn.Module:
+    """A convolution of one position mixes tokens; the channels lie along its length."""
+    return Net(
+        lambda m, x: m.fc(m.mix(torch.stack([m.a(x), m.b(x)], 1)).squeeze(1)),
+        a=nn.Linear(5, 8),
+        b=nn.Linear(5, 8),
+        mix=nn.Conv1d(2, 1, 1),
+        fc=nn.Linear(8, 3),
+    )
+
+
 def _moved(move: str, width: int = 8) -> nn.Module:
     moves = {
         "roll": lambda x: x.roll(1, dims=1),
@@ -52,6 +63,7 @@ def _moved(move: str, width: int = 8) -> nn.Module:
         "sort": lambda x: x.sort(dim=1).values,
         "cumsum": lambda x: x.cumsum(1),
         "softmax": lambda x: x.softmax(1),
+        "uneven_chunk": lambda x: torch.cat(x.chunk(3, 1)[::-1], 1),
     }
     run = moves[move]
     return Net(
@@ -90,8 +102,17 @@ def _recurrent(kind: type[nn.RNNBase]) -> nn.Module:
 
 
 OTHER_CASES: list[Case] = [
-    # A roll leaves the kept channels in another order: replaying it and staying whole are both exact.
-    Case("roll", lambda: _moved("roll"), image, C2.split(" ", 1)[1], TAIL, whole=False),
+    # The channel that a roll carries over the edge stays: half of the other seven go, a half rounded down.
+    Case("roll", lambda: _moved("roll"), image, f"{C1} {C2}".replace("=4", "=5"), TAIL),
+    # Pieces of 3, 3 and 2: with 2, 2 and 1 `chunk` parts at the same places.
+    Case("uneven_chunk", lambda: _moved("uneven_chunk"), image, f"{C1} {C2}".replace("=4", "=5"), TAIL),
+    Case(
+        "mixed_by_conv",
+        _mixed_by_conv,
+        lambda: draw(2, 5),
+        "a.weight:0=4 a.bias:0=4 b.weight:0=4 b.bias:0=4 fc.weight:1=4",
+        f"mix.weight:1 mix.weight:0 {TAIL}",
+    ),
     Case("flip", lambda: _moved("flip"), image, f"{C1} {C2}", TAIL, (f"{G1} c2.weight:1", G2)),
     Case(
         "repeat_interleave",

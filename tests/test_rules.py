@@ -286,3 +286,11 @@ def test_a_mean_that_meets_other_channels_keeps_its_own() -> None:
 
     model = randomise(Net(run, a=conv(3, 8), c=conv(3, 6), b=conv(6, 2)), 0)
     assert prunable(model, image()) == {"c.weight:0", "c.bias:0", "b.weight:1"}
+
+
+def test_memory_that_lost_its_zeros_is_not_mistaken_for_another() -> None:
+    tracer = Tracer()
+    for _ in range(20):
+        tracer.soil(torch.ones(8))
+    fresh = [torch.ones(8) for _ in range(20)]
+    assert not any(x.untyped_storage()._cdata in tracer.dirty for x in fresh)

@@ -57,8 +57,18 @@ def make_plan(
     patched = frozenset(p.module for p in plan.patches)
     of_configs, notes = config_rewrites(model, plan.cuts, rewrites, used, patched)
     decided = frozenset((r.module, r.path) for r in rewrites + of_configs)
-    stated = tuple(stated_widths(model, plan.cuts, used, decided))
-    return Plan(plan.cuts, rewrites + of_configs + stated, plan.patches, plan.sizes), notes
+    stated, doubts = stated_widths(model, plan.cuts, _seen_widths(graph, constraints, alive), used | decided)
+    return Plan(plan.cuts, rewrites + of_configs + stated, plan.patches, plan.sizes), notes + doubts
+
+
+def _seen_widths(graph: Graph, constraints: Constraints, alive: Bools) -> dict[tuple[str, str], int | None]:
+    """Widths that stated attributes were seen to speak of, after the cut; None = it stays."""
+    count = constraints.counts(alive)
+    seen: dict[tuple[str, str], int | None] = {}
+    for place, axes in graph.tracer.stated.items():
+        if len(widths := {None if axis is None else count(axis) for axis in axes}) == 1:
+            seen[place] = widths.pop()
+    return seen
 
 
 def _cut(place: Place, alive: Bools) -> Cut | None:

@@ -5,7 +5,9 @@ Shape legend: operands are described by letters, one per dimension, as in ``eins
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -217,11 +219,19 @@ def add_bias(t: Tracer, bias: Tensor, out: Tensor) -> None:
 @rule("convolution", "_convolution", "convolution_overrideable", "mkldnn_convolution")
 def convolution(t: Tracer, a: Arguments, out: Tensor) -> None:
     """Convolution of any rank, grouped and transposed."""
-    convolve(t, a["input"], a["weight"], a["bias"], int(a["groups"]), bool(a.get("transposed", False)), out)
+    is_transposed = bool(a.get("transposed", False))
+    convolve(t, a["input"], a["weight"], a["bias"], a["stride"], int(a["groups"]), is_transposed, out)
 
 
 def convolve(
-    t: Tracer, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, transposed: bool, out: Tensor
+    t: Tracer,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    groups: int,
+    transposed: bool,
+    out: Tensor,
 ) -> Label | None:
     """State what a convolution does; gives the label of its groups where they may go."""
     spatial = weight.ndim - 2
@@ -230,7 +240,8 @@ def convolve(
     read_whole = t.whole if ragged is None else set(t.whole)
     x_tags, w_tags = t.tags(x), t.tags(weight)
     t.whole = read_whole
-    _spatial_stays(t, x_tags, w_tags, channel)
+    passing = _passing(x, weight, stride, out)
+    _spatial_stays(t, x_tags, w_tags, channel, passing)
     source = _flat(t, x_tags.dims[channel], channel)
     if groups == 1:
         ins, outs = (w_tags.dims[0], w_tags.dims[1]) if transposed else (w_tags.dims[1], w_tags.dims[0])
@@ -244,24 +255,53 @@ def convolve(
         t.inputs.add((t.names[id(weight)], in_dim))
     if source is not None and not (x_tags.zero[channel] or w_tags.zero[in_dim]):
         t.freeze(source, NOT_ZERO)
-    dims: list[Label | None] = [None] * out.ndim
-    dims[channel] = _along(result, out.ndim, channel)
-    zero = [False] * out.ndim
-    zero[channel] = w_tags.zero[out_dim] if groups == 1 else w_tags.zero[0] and w_tags.zero[1]
-    if channel == 1 and x_tags.dims[0] is not None:
-        dims[0] = t.ledger.collapse(x_tags.dims[0], range(1, x.ndim), t.why("the same for all channels"))
-    t.put(out, Tags(tuple(dims), tuple(zero)))
+    is_zero = w_tags.zero[out_dim] if groups == 1 else w_tags.zero[0] and w_tags.zero[1]
+    channels = {channel: (_along(result, out.ndim, channel), is_zero)}
+    _label_convolved(t, x_tags, out, channels | _carried(t, x_tags, passing, is_linear=bias is None))
     if bias is not None:
         _bias(t, bias, out, channel)
-    window = int(np.prod(weight.shape[2:])) * int(
-        np.prod(x.shape[channel + 1 :] if transposed else out.shape[channel + 1 :])
+    dims, lengths = t.tags(out).dims, x.shape if transposed else out.shape
+    positions = [(dims[d], d, int(lengths[d])) for d in range(channel + 1, out.ndim)]
+    window = int(np.prod(weight.shape[2:])) * int(np.prod(x.shape[:channel]))
+    columns = w_tags.dims[1] if ragged is None else ragged
+    t.count_work(
+        window, [(w_tags.dims[0], 0, int(weight.shape[0])), (columns, 1, int(weight.shape[1])), *positions]
     )
-    batch = int(np.prod(x.shape[:channel]))
-    per_row = (
-        (w_tags.dims[1], 1, int(weight.shape[1])) if ragged is None else (ragged, 1, int(weight.shape[1]))
-    )
-    t.count_work(window * batch, [(w_tags.dims[0], 0, int(weight.shape[0])), per_row])
     return rows
+
+
+def _carried(
+    t: Tracer, x: Tags, passing: Sequence[int], *, is_linear: bool
+) -> dict[int, tuple[Label | None, bool]]:
+    """Label of each dimension that passes, and whether its zeros do; a bias fills them."""
+    why = t.why("the same for all channels")
+    found: dict[int, tuple[Label | None, bool]] = {}
+    for d in passing:
+        label = x.dims[d]
+        if label is not None:
+            others = [k for k in range(label.ndim) if k != d]
+            found[d] = t.ledger.collapse(label, others, why), x.zero[d] and is_linear
+    return found
+
+
+def _label_convolved(t: Tracer, x: Tags, out: Tensor, known: dict[int, tuple[Label | None, bool]]) -> None:
+    dims, zero = ([known[d][k] if d in known else None for d in range(out.ndim)] for k in (0, 1))
+    if 0 not in known and x.dims[0] is not None and len(x.dims) == out.ndim and 1 in known:
+        dims[0] = t.ledger.collapse(x.dims[0], range(1, out.ndim), t.why("the same for all channels"))
+    t.put(out, Tags(tuple(dims), tuple(bool(z) for z in zero)))
+
+
+def _passing(x: Tensor, weight: Tensor, stride: Any, out: Tensor) -> list[int]:
+    """Dimensions along which every position is mapped by itself: kernel and stride 1, nothing padded."""
+    spatial = weight.ndim - 2
+    steps = [int(s) for s in stride] if isinstance(stride, (tuple, list)) else [int(stride)]
+    steps = steps * spatial if len(steps) == 1 else steps
+    first = x.ndim - spatial
+    return [
+        first + i
+        for i in range(spatial)
+        if weight.shape[2 + i] == steps[i] == 1 and x.shape[first + i] == out.shape[first + i]
+    ]
 
 
 def _bias(t: Tracer, bias: Tensor, out: Tensor, channel: int) -> None:
@@ -272,11 +312,12 @@ def _bias(t: Tracer, bias: Tensor, out: Tensor, channel: int) -> None:
         t.put(out, Tags(result.dims, tuple(False for _ in result.zero)))
 
 
-def _spatial_stays(t: Tracer, x: Tags, weight: Tags, channel: int) -> None:
+def _spatial_stays(t: Tracer, x: Tags, weight: Tags, channel: int, passing: Sequence[int]) -> None:
     for statistic in (*x.statistics, *weight.statistics):
         t.freeze(statistic, "a mean over these channels feeds a convolution")
-    for label in x.dims[channel + 1 :]:
-        t.freeze(label, "convolved along this dimension")
+    for d in range(channel + 1, len(x.dims)):
+        if d not in passing:
+            t.freeze(x.dims[d], "convolved along this dimension")
     for label in weight.dims[2:]:
         t.freeze(label, "position in a kernel")
 

@@ -124,7 +124,8 @@ def _convolution(transposed: bool) -> Callable[..., Tensor]:
         with t.silently():
             out: Tensor = func(input, weight, bias, *args, **kwargs)
         groups = kwargs.get("groups", args[3] if len(args) > 3 else 1)  # fourth behind bias in both
-        rows = convolve(t, input, weight, bias, int.__int__(groups), transposed, out)
+        stride = kwargs.get("stride", args[0] if args else 1)
+        rows = convolve(t, input, weight, bias, stride, int.__int__(groups), transposed, out)
         if rows is not None:
             t.expect(groups, rows, 0)
         else:

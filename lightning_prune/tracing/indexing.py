@@ -152,7 +152,7 @@ def scatter(t: Tracer, a: Arguments, out: Any) -> None:
                 t.freeze(label, "written by index")
                 t.freeze(value_label, "written by index")
                 dims[d] = None
-    t.dirty.add(target.untyped_storage()._cdata)
+    t.soil(target)
     t.put(out, Tags(tuple(dims), (False,) * target.ndim))
 
 

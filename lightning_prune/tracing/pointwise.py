@@ -140,4 +140,4 @@ def _probe(value: Any, probes: Any) -> Any:
 def _note_lost_zeros(t: Tracer, tensor: Tensor, zero: tuple[bool, ...]) -> None:
     before = t.tags(tensor).zero
     if any(was and not now for was, now in zip(before, zero, strict=True)):
-        t.dirty.add(tensor.untyped_storage()._cdata)
+        t.soil(tensor)

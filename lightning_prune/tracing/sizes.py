@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_prune.tracing.integers import Size
+from lightning_prune.tracing.integers import Equation, Size
 from lightning_prune.tracing.labels import Ints, Label, Tags, along
 from lightning_prune.tracing.rules import function_rule
 from lightning_prune.tracing.tracer import Tracer
@@ -195,13 +195,36 @@ def chunk(t: Tracer, func: Run, x: Tensor, chunks: Any = None, dim: int = 0, **k
     t.pin(chunks, "a number of pieces must not change")
     if label is None:
         return out
-    if any(piece.shape[at] != out[0].shape[at] for piece in out) or not isinstance(chunks, int):
+    if not isinstance(chunks, int):
+        t.freeze(label, "cut at positions that are written in the code")
+    elif len({piece.shape[at] for piece in out}) == 1:
+        rows = along(label, at)
+        cells = np.unique(rows.reshape(len(rows) * len(out), -1), axis=0)
+        t.ledger.bind(cells, 1, t.why("pieces of equal length"))
+    elif func in (Tensor.chunk, torch.chunk) and len(out) == chunks:
+        _shorter_last(t, [t.tags(piece).dims[at] for piece in out], at)
+    else:
         t.freeze(label, "pieces of unequal length")
-        return out
-    rows = along(label, at)
-    cells = np.unique(rows.reshape(len(rows) * len(out), -1), axis=0)
-    t.ledger.bind(cells, 1, t.why("pieces of equal length"))
     return out
+
+
+def _shorter_last(t: Tracer, pieces: Sequence[Label | None], dim: int) -> None:
+    """Pieces of one length but for the last, which is shorter by less than there are pieces: it stays so.
+
+    ``chunk`` rounds the length of a piece up, so the lengths come out the same with any number of rounds
+    that the last is shorter by.
+    """
+    *full, last = [piece for piece in pieces if piece is not None]
+    why = t.why("pieces of equal length, the last one shorter")
+    for piece in full[1:]:
+        t.equations.append(_difference(t, full[0], piece, dim, 0, why))
+    short = full[0].shape[dim] - last.shape[dim]
+    t.equations.append(_difference(t, full[0], last, dim, short, why))
+
+
+def _difference(t: Tracer, long: Label, short: Label, dim: int, difference: int, why: int) -> Equation:
+    expr = ("-", ("axis", t.ledger.axis(long, dim)), ("const", difference))
+    return Equation(expr, t.ledger.axis(short, dim), short.shape[dim], why)
 
 
 @function_rule(Tensor.narrow, torch.narrow)
@@ -236,6 +259,27 @@ def getitem(t: Tracer, func: Run, x: Tensor, index: Any) -> Any:
                 check_slice(t, x, d, entry)
             d += entry.ndim if isinstance(entry, Tensor) and entry.dtype == torch.bool else 1
     return out
+
+
+@function_rule(torch.roll, Tensor.roll)
+def roll(t: Tracer, func: Run, x: Tensor, shifts: Any, dims: Any = ()) -> Tensor:
+    """The end of a dimension comes first: as many must come over the edge, wherever that is then."""
+    by = list(shifts) if isinstance(shifts, (tuple, list)) else [shifts]
+    along_ = [d % x.ndim for d in (dims if isinstance(dims, (tuple, list)) else [dims])]
+    labels = t.tags(x).dims
+    if len(along_) != len(by):
+        out: Tensor = func(x, shifts, dims)
+        return out
+    for shift, d in zip(by, along_, strict=True):
+        if labels[d] is None or not 0 < abs(shift) < x.shape[d]:
+            t.pin(shift, "a number of places must not change")
+            x = func(x, shift, d)
+        else:
+            head, tail = [(slice(None),) * d + (part,) for part in (slice(-shift, None), slice(None, -shift))]
+            x = torch.cat(
+                [getitem(t, Tensor.__getitem__, x, head), getitem(t, Tensor.__getitem__, x, tail)], d
+            )
+    return x
 
 
 def check_slice(t: Tracer, x: Tensor, dim: int, part: slice) -> None:

@@ -25,6 +25,7 @@ from lightning_prune.tracing import (
 from lightning_prune.tracing.borrowing import Borrowed, SharedWriteError, copy_for_tracing
 from lightning_prune.tracing.layers import replace_layers
 from lightning_prune.tracing.rules import FUNCTIONS, follow
+from lightning_prune.tracing.stated import watch_stated_widths
 from lightning_prune.tracing.tracer import (
     Functions,
     Operations,
@@ -94,6 +95,7 @@ def _trace(
     replace_layers(tracer, twin, custom)
     track_attributes(tracer, twin)
     follow_modules(tracer, twin)
+    watch_stated_widths(tracer, twin)
     if prepare is not None:
         prepare(tracer, twin)
     with undisturbed(), suppress(SharedWriteError):

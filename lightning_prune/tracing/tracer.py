@@ -81,13 +81,14 @@ class Tracer:
         self.unknown: list[Unknown] = []
         self.leaves: dict[str, tuple[Label | None, ...]] = {}
         self.ragged: dict[str, Ints] = {}
+        self.stated: dict[tuple[str, str], set[int | None]] = {}
         self.names: dict[int, str] = {}
         self.buffers: set[str] = set()
         self.touched: set[str] = set()
         self.whole: set[str] = set()
         self.modules: list[str] = [""]
         self.module_types: dict[str, str] = {}
-        self.dirty: set[int] = set()
+        self.dirty: dict[int, torch.UntypedStorage] = {}
         self.inputs: set[tuple[str, int]] = set()
         self.paused = 0
         self.op = ""
@@ -110,6 +111,11 @@ class Tracer:
         if self.dirty and any(found.zero) and tensor.untyped_storage()._cdata in self.dirty:
             return dataclasses.replace(found, zero=(False,) * tensor.ndim)
         return found
+
+    def soil(self, tensor: Tensor) -> None:
+        """Removed positions of this memory, whoever looks at it, hold zeros no more."""
+        storage = tensor.untyped_storage()
+        self.dirty[storage._cdata] = storage  # held, for its address must not be given to another
 
     def put(self, tensor: Tensor, tags: Tags) -> None:
         """Say what is known of a tensor."""

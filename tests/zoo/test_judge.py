@@ -132,6 +132,31 @@ def test_attributes_that_lie_are_found() -> None:
     assert false_attributes(dense, pruned, draw(2, 3)) == ["0: out_features is 5, the weight says 4"]
 
 
+class _Backbone(nn.Sequential):
+    """Says of itself what the models of timm say."""
+
+    num_features = head_hidden_size = 6
+    feature_info = ({"num_chs": 6, "module": "0"},)
+
+    def get_classifier(self) -> nn.Module:
+        return self[1]
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        out: Tensor = self[0](x)
+        return out
+
+
+def test_what_a_backbone_says_of_itself_is_held_against_what_passes() -> None:
+    dense = _Backbone(nn.Linear(3, 6), nn.Linear(6, 2))
+    pruned = _Backbone(nn.Linear(3, 4), nn.Linear(4, 2))
+    assert false_attributes(dense, dense, draw(2, 3)) == []
+    assert false_attributes(dense, pruned, draw(2, 3)) == [
+        "feature_info[0] is 6, it speaks of [2, 4]",
+        "head_hidden_size is 6, it speaks of [2, 4]",
+        "num_features is 6, it speaks of [2, 4]",
+    ]
+
+
 def test_nms_keeps_the_best_of_those_that_overlap() -> None:
     boxes = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10], [20, 20, 30, 30]])
     assert nms(boxes, torch.tensor([0.5, 0.9, 0.1]), 0.5).tolist() == [1, 2]

@@ -101,17 +101,51 @@ def _layer(module: Any) -> list[str]:
 
 @torch.no_grad()
 def _timm(dense: Any, pruned: Any, inputs: Any) -> list[str]:
-    """``num_features`` names the channels of ``forward_features`` wherever it did before."""
-    if not (hasattr(dense, "forward_features") and hasattr(dense, "num_features")):
-        return []
-    shape = call(_Features(dense), inputs)
-    if not isinstance(shape, Tensor):
-        return []
-    at = [d for d, n in enumerate(shape.shape) if n == dense.num_features]
-    after = call(_Features(pruned), inputs).shape
-    if len(at) == 1 and after[at[0]] != pruned.num_features:
-        return [f"num_features is {pruned.num_features}, forward_features gives {list(after)}"]
-    return []
+    """What timm's models say of themselves is as true after the cut as it was before."""
+    false = []
+    now = _told(pruned, inputs)
+    for what, (was, before) in _told(dense, inputs).items():
+        at = [d for d, n in enumerate(before) if n == was]
+        stated, shape = now[what]
+        if len(at) == 1 and shape[at[0]] != stated:
+            false.append(f"{what} is {stated}, it speaks of {list(shape)}")
+    return false
+
+
+def _told(model: Any, inputs: Any) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """``{attribute: (what it says, shape of the tensor that it speaks of)}``."""
+    told: dict[str, tuple[int, tuple[int, ...]]] = {}
+
+    def note(what: str, stated: Any, value: Any) -> None:
+        value = value[0] if isinstance(value, (tuple, list)) and value else value
+        if isinstance(value, Tensor) and isinstance(stated, int):
+            told[what] = (stated, tuple(value.shape))
+
+    handles = []
+    for i, info in enumerate(_infos(model)):
+        key, stated = f"feature_info[{i}]", info.get("num_chs")
+        module = dict(model.named_modules()).get(info.get("module"))
+        if module is not None and info.get("hook_type") == "forward_pre":
+            handles.append(module.register_forward_pre_hook(lambda m, a, k=key, s=stated: note(k, s, a)))
+        elif module is not None:
+            handles.append(module.register_forward_hook(lambda m, a, out, k=key, s=stated: note(k, s, out)))
+    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
+    if isinstance(classifier, nn.Module):
+        stated = getattr(model, "head_hidden_size", None)
+        handles.append(
+            classifier.register_forward_pre_hook(lambda m, a, s=stated: note("head_hidden_size", s, a))
+        )
+    call(model, inputs)
+    for handle in handles:
+        handle.remove()
+    if hasattr(model, "forward_features"):
+        note("num_features", getattr(model, "num_features", None), call(_Features(model), inputs))
+    return told
+
+
+def _infos(model: Any) -> list[dict[str, Any]]:
+    infos = getattr(model, "feature_info", None)
+    return [i for i in infos if isinstance(i, dict)] if isinstance(infos, (list, tuple)) else []
 
 
 class _Features(nn.Module):
