@@ -285,10 +285,12 @@ def _carried(
 
 
 def _label_convolved(t: Tracer, x: Tags, out: Tensor, known: dict[int, tuple[Label | None, bool]]) -> None:
-    dims, zero = ([known[d][k] if d in known else None for d in range(out.ndim)] for k in (0, 1))
-    if 0 not in known and x.dims[0] is not None and len(x.dims) == out.ndim and 1 in known:
-        dims[0] = t.ledger.collapse(x.dims[0], range(1, out.ndim), t.why("the same for all channels"))
-    t.put(out, Tags(tuple(dims), tuple(bool(z) for z in zero)))
+    nothing: tuple[Label | None, bool] = (None, False)
+    found = [known.get(d, nothing) for d in range(out.ndim)]
+    if 0 not in known and 1 in known and x.dims[0] is not None and len(x.dims) == out.ndim:
+        why = t.why("the same for all channels")
+        found[0] = t.ledger.collapse(x.dims[0], range(1, out.ndim), why), False
+    t.put(out, Tags(tuple(label for label, _ in found), tuple(is_zero for _, is_zero in found)))
 
 
 def _passing(x: Tensor, weight: Tensor, stride: Any, out: Tensor) -> list[int]:
