@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_prune.tracing.contraction import add_bias, contract, convolve
+from lightning_prune.tracing.contraction import add_bias, contract
+from lightning_prune.tracing.convolution import convolve
 from lightning_prune.tracing.labels import Tags
 from lightning_prune.tracing.normalization import channel_norm, group_norm, layer_norm
 from lightning_prune.tracing.pointwise import meet

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from lightning_prune.errors import PruneError, TraceError
 from lightning_prune.tracing import (
     contraction,
+    convolution,
     functional,
     indexing,
     movement,
@@ -39,6 +40,7 @@ from lightning_prune.tracing.tracer import (
 
 RULE_FILES = (
     contraction,
+    convolution,
     functional,
     indexing,
     movement,
