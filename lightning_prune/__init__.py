@@ -20,12 +20,14 @@ from lightning_prune.pruner import GroupNormPruner
 from lightning_prune.surgery.applying import apply
 from lightning_prune.training.callback import StructuredPruning
 from lightning_prune.training.checkpointing import PrunedEarlyStopping, PrunedModelCheckpoint
+from lightning_prune.training.distilling import Distillation
 
 __version__ = "0.1.0.dev0"
 __all__ = [
     "BudgetError",
     "CertificateError",
     "CheckpointMismatchError",
+    "Distillation",
     "EmptyGroupError",
     "GroupNormPruner",
     "OptionError",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
@@ -23,10 +23,13 @@ from lightning_prune.selection.requests import check_ratio
 from lightning_prune.surgery.applying import apply
 from lightning_prune.surgery.structure import plan_of, trust_shapes
 from lightning_prune.training import example_inputs, finish
+from lightning_prune.training.arguments import as_record, whole_number
+from lightning_prune.training.distilling import Distillation, Distiller
 from lightning_prune.training.evidence import EvidenceGatherer
 from lightning_prune.training.example_inputs import Call, Example
 from lightning_prune.training.gradients import GradientWatch, closes_accumulation, hide_from, loss_scale
 from lightning_prune.training.progress import Progress
+from lightning_prune.training.recalibrating import recalibrate
 from lightning_prune.training.strategies import (
     averaged_copies,
     callbacks_of,
@@ -62,6 +65,10 @@ class StructuredPruning(Callback):
         iterative_steps: Number of cuts, >= 1.
         update_every: Optimizer steps between refreshes of the regulariser's weights, >= 1; a cut refreshes
             them too.
+        recalibrate_batches: Training batches over which batch norms get new statistics after a cut, >= 0; 0
+            leaves them to the training.
+        distillation: How the dense network teaches the pruned one, as ``Distillation`` or as a dict of its
+            fields; None: not at all.
         options: Every other option of the pruner, as ``PruningOptions`` or as a dict of its fields.
 
     Attributes:
@@ -74,7 +81,7 @@ class StructuredPruning(Callback):
     True
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one flat list, as a command line has it
         self,
         pruning_ratio: float = 0.5,
         *,
@@ -84,17 +91,22 @@ class StructuredPruning(Callback):
         every_n_epochs: int = 1,
         iterative_steps: int = 1,
         update_every: int = 1,
+        recalibrate_batches: int = 0,
+        distillation: Distillation | dict[str, Any] | None = None,
         options: PruningOptions | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.pruning_ratio = check_ratio("pruning_ratio", pruning_ratio)
         self.module = module
-        self.sparse_start_epoch = _count("sparse_start_epoch", sparse_start_epoch, 0)
-        self.start_epoch = _count("start_epoch", start_epoch, 0)
-        self.every_n_epochs = _count("every_n_epochs", every_n_epochs, 1)
-        self.iterative_steps = _count("iterative_steps", iterative_steps, 1)
-        self.update_every = _count("update_every", update_every, 1)
-        self.options = _as_options(options)
+        self.sparse_start_epoch = whole_number("sparse_start_epoch", sparse_start_epoch, 0)
+        self.start_epoch = whole_number("start_epoch", start_epoch, 0)
+        self.every_n_epochs = whole_number("every_n_epochs", every_n_epochs, 1)
+        self.iterative_steps = whole_number("iterative_steps", iterative_steps, 1)
+        self.update_every = whole_number("update_every", update_every, 1)
+        self.recalibrate_batches = whole_number("recalibrate_batches", recalibrate_batches, 0)
+        self.options = as_record("options", PruningOptions, options)
+        how = None if distillation is None else as_record("distillation", Distillation, distillation)
+        self.distillation = how
         if type(self).should_prune is StructuredPruning.should_prune:
             EvidenceGatherer.check(self.options.importance, self.start_epoch)
         self.pruner: GroupNormPruner | None = None
@@ -110,6 +122,7 @@ class StructuredPruning(Callback):
         self._backwards = 0
         self._watch = GradientWatch(self.options.nan_policy)
         self._gatherer = EvidenceGatherer()
+        self._distiller = Distiller(how, module)
 
     def should_prune(self, epoch: int) -> bool:
         """Say whether ``epoch`` begins with a cut; override it for a schedule of your own.
@@ -163,6 +176,7 @@ class StructuredPruning(Callback):
         if lives_on and plan_of(target) == self._base.then(self.pruner.plan):  # type: ignore[union-attr]
             return
         self.pruner, self._progress = None, Progress()
+        self._distiller.forget()
         calls = example_inputs.from_array(pl_module, self.module)
         recorded = (self._restored or {}).get("example")
         if not calls and recorded:
@@ -181,6 +195,7 @@ class StructuredPruning(Callback):
             self._prune(trainer, pl_module)
             self._cut_epoch = epoch
         self._gatherer.begin_epoch(self.pruner)
+        self._distiller.begin_epoch()
 
     @override
     def on_train_batch_start(
@@ -194,20 +209,23 @@ class StructuredPruning(Callback):
         self._closes = closes_accumulation(trainer, batch_idx)
         if not self.target_reached:
             self._gatherer.begin_batch(self.pruner, pl_module)
+        if self.pruner is not None:
+            self._distiller.begin_batch(trainer, pl_module, self.pruner.plan)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._gatherer.end_batch()
+        self._give_back()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._gatherer.end_batch()
+        self._give_back()
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if pl_module.automatic_optimization:
+            self._distiller.check_taught(pl_module)
             self._backwards += 1
             if self._closes:
                 self._add_penalty(trainer, None)
@@ -236,6 +254,8 @@ class StructuredPruning(Callback):
         self.report.note_epoch(trainer, {**facts, "phase": phase})
         values["phase"] = float(PHASES.index(phase))
         values["target_reached"] = float(self.target_reached)
+        if (loss := self._distiller.mean_loss(trainer)) is not None:
+            values["distillation"] = loss
         if self._watch.count:
             values["nonfinite_gradients"] = float(self._watch.count)
         several = sum(isinstance(c, StructuredPruning) for c in callbacks_of(trainer)) > 1
@@ -266,6 +286,7 @@ class StructuredPruning(Callback):
             "cut_epoch": self._cut_epoch,
             "overflows": self._watch.count,
             "report": self.report.state_dict(),
+            "distiller": self._distiller.state_dict(),
         }
 
     @override
@@ -308,7 +329,9 @@ class StructuredPruning(Callback):
 
     def _config(self) -> dict[str, Any]:
         names = ("pruning_ratio", "module", "sparse_start_epoch", "start_epoch", "every_n_epochs")
-        own = {name: getattr(self, name) for name in (*names, "iterative_steps", "update_every")}
+        more = ("iterative_steps", "update_every", "recalibrate_batches")
+        own: dict[str, Any] = {name: getattr(self, name) for name in (*names, *more)}
+        own["distillation"] = None if self.distillation is None else asdict(self.distillation)
         return {**own, "options": {f.name: getattr(self.options, f.name) for f in fields(self.options)}}
 
     def _regularizes(self, epoch: int) -> bool:
@@ -354,6 +377,7 @@ class StructuredPruning(Callback):
             self._base = Plan.from_dict(state["base"])
             self._recorded = state["example"]
             self._progress = Progress(state["initial"])
+            self._distiller.load_state_dict(state.get("distiller"), self.pruner.model, self._base)
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pruner, example = self.pruner, self._example
@@ -361,6 +385,7 @@ class StructuredPruning(Callback):
         assert example is not None
         if not self._base.then(pruner.plan):
             self.report.look_at_dense(trainer, pl_module)
+        self._distiller.keep_teacher(pl_module)
         with eager(pl_module):
             data = decide_on_rank_zero(trainer, lambda: pruner.step(dry_run=True).as_dict())
             plan = Plan.from_dict(data)
@@ -378,6 +403,13 @@ class StructuredPruning(Callback):
             pruner.update_regularizer()
             self._progress.look(pruner, example)
         follow_cut(trainer, pl_module)
+        if self.recalibrate_batches and plan:
+            with eager(pl_module):
+                recalibrate(trainer, pl_module, self.module, self.recalibrate_batches)
+
+    def _give_back(self) -> None:
+        self._gatherer.end_batch()
+        self._distiller.end_batch()
 
     def _add_penalty(self, trainer: Trainer, optimizer: Optimizer | None) -> None:
         """Add the gradient of the penalty, on the scale that the task's gradients have now."""
@@ -396,20 +428,3 @@ class StructuredPruning(Callback):
 
 def _has(root: nn.Module, module: str | None) -> bool:
     return module is None or any(name == module for name, _ in root.named_modules(remove_duplicate=False))
-
-
-def _count(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise OptionError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    return value
-
-
-def _as_options(options: PruningOptions | dict[str, Any] | None) -> PruningOptions:
-    if isinstance(options, PruningOptions):
-        return options
-    known = [field.name for field in fields(PruningOptions)]
-    for key in options or {}:
-        if key not in known:
-            near = get_close_matches(str(key), known, n=3, cutoff=0.0)
-            raise OptionError(f"options has no field {key!r}; the nearest are {', '.join(near)}")
-    return PruningOptions(**(options or {}))

@@ -32,9 +32,12 @@ __all__ = [
     "from_array",
     "from_batch",
     "one_sample",
+    "quiet_twin",
     "rebuild",
     "replay",
     "take_batch",
+    "training_step",
+    "transferred",
 ]
 
 # Integers up to this count are kept as they are, for they may be token ids or edge lists; above, their
@@ -119,9 +122,8 @@ def from_batch(pl_module: LightningModule, module: str | None, batch: Any, train
     failure: Exception | None = None
     with isolate_rng(), torch.no_grad():
         for sample in (_leading(batch, 2), batch):
-            twin = _twin(pl_module)
-            _quieten(twin, trainer)
-            calls, failure = _record(_submodule(twin, module), _training_step(twin, sample))
+            twin = quiet_twin(pl_module, trainer)
+            calls, failure = _record(_submodule(twin, module), training_step(twin, sample))
             if failure is None:
                 break
     if not calls:
@@ -140,11 +142,15 @@ def take_batch(trainer: Trainer, pl_module: LightningModule) -> Any:
     A map-style dataset is asked for its first two samples, so that neither sampler nor workers notice.
     """
     with isolate_rng():
-        batch = _each_loader(trainer.train_dataloader)
-        batch = trainer.precision_plugin.convert_input(batch)
-        for owner in (getattr(trainer, "datamodule", None), pl_module):
-            batch = batch if owner is None else owner.on_before_batch_transfer(batch, 0)
-        return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        return transferred(trainer, pl_module, _each_loader(trainer.train_dataloader))
+
+
+def transferred(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
+    """Bring a batch to where and into what the training step gets it as."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    for owner in (getattr(trainer, "datamodule", None), pl_module):
+        batch = batch if owner is None else owner.on_before_batch_transfer(batch, 0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def describe(calls: list[Call]) -> list[Any] | None:
@@ -214,7 +220,9 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     """Accept a call and ignore it."""
 
 
-def _quieten(twin: LightningModule, trainer: Trainer) -> None:
+def quiet_twin(pl_module: LightningModule, trainer: Trainer) -> LightningModule:
+    """Copy the module; a training step of the copy logs nothing and steps no optimizer."""
+    twin = _twin(pl_module)
     twin.trainer = trainer
     still = [_Still() for _ in trainer.optimizers]
     stills = still[0] if len(still) == 1 else still
@@ -229,9 +237,11 @@ def _quieten(twin: LightningModule, trainer: Trainer) -> None:
         setattr(twin, name, _nothing)
     for name in ("optimizers", "lr_schedulers"):
         setattr(twin, name, lambda *args, **kwargs: stills)
+    return twin
 
 
-def _training_step(twin: LightningModule, batch: Any) -> Callable[[], Any]:
+def training_step(twin: LightningModule, batch: Any) -> Callable[[], Any]:
+    """Give a call of the training step on a batch, whichever arguments it takes."""
     step = type(twin).training_step
     count = len([p for p in inspect.signature(step).parameters.values() if p.kind is not p.KEYWORD_ONLY])
     return lambda: step(twin, *(batch, 0)[: max(count - 1, 1)])
