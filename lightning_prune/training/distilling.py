@@ -273,7 +273,7 @@ def _matched(name: str, ours: Any, theirs: Any, kept: Mapping[str, tuple[int, ..
     differing = [d for d in range(ours.dim()) if ours.shape[d] != theirs.shape[d]]
     if differing and (keep is None or len(differing) > 1 or ours.shape[differing[0]] != len(keep)):
         raise OptionError(
-            f"distillation.features: {name!r} gives {list(ours.shape)}, the dense one {list(theirs.shape)}, and "
+            f"distillation.features: {name!r} gives {list(ours.shape)}, dense {list(theirs.shape)}, and "
             "which channels those are is known of layers with a weight of their own alone; name the "
             "convolution, linear layer or norm that makes them"
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import islice
 from typing import Any
 
 import torch
@@ -24,8 +23,7 @@ def recalibrate(trainer: Trainer, pl_module: LightningModule, module: str | None
 
     A mean over ``batches`` training batches, each through a training step of a copy, without gradients: what
     the step logs, draws or sets stays in the copy, and random states are put back. The samples are drawn from
-    the training set by a generator of their own, the same on every rank; sampler and loader do not notice. A
-    loader of another kind gives its next batches and is put back where it was.
+    the training set by a generator of their own, the same on every rank; sampler and loader do not notice.
     Layers in eval mode, or without running statistics, keep what they have.
 
     Args:
@@ -82,8 +80,11 @@ def _draw(loaders: Any, batches: int, seed: int) -> Iterator[Any]:
 
 def _draw_one(loader: Any, batches: int, seed: int) -> Iterator[Any]:
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        yield from _draw_and_rewind(loader, batches)
-        return
+        raise OptionError(
+            f"recalibrate_batches={batches} draws samples from the training set, and found "
+            f"{type(getattr(loader, 'dataset', loader)).__name__}, which only goes forward; use a map-style "
+            "dataset in a DataLoader, or recalibrate_batches=0"
+        )
     size: int = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(loader.dataset), generator=generator).tolist()  # type: ignore[arg-type]
@@ -93,17 +94,3 @@ def _draw_one(loader: Any, batches: int, seed: int) -> Iterator[Any]:
         yield (
             loader.collate_fn(samples) if loader.batch_sampler is not None else loader.collate_fn(samples[0])
         )
-
-
-def _draw_and_rewind(loader: Any, batches: int) -> Iterator[Any]:
-    if not (hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")):
-        raise OptionError(
-            f"recalibrate_batches={batches} draws from the training set, and found "
-            f"{type(getattr(loader, 'dataset', loader)).__name__}, which only goes forward; use a map-style "
-            "dataset in a DataLoader, a loader with state_dict and load_state_dict, or recalibrate_batches=0"
-        )
-    state = loader.state_dict()
-    try:
-        yield from islice(iter(loader), batches)
-    finally:
-        loader.load_state_dict(state)
