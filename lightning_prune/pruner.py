@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lightning_prune.errors import OptionError, PruneError, StaleGraphError
 from lightning_prune.graph.analysis import Analysis, analyse, certify
-from lightning_prune.graph.explaining import explain
+from lightning_prune.graph.couplings import Coupling, couplings
+from lightning_prune.graph.explaining import Frozen, explain, list_frozen
 from lightning_prune.graph.groups import Group
 from lightning_prune.options import PruningOptions, check_budget
 from lightning_prune.plan import Plan
@@ -24,6 +25,7 @@ from lightning_prune.scores.importance import Evidence
 from lightning_prune.scores.ranking import rank
 from lightning_prune.scores.regularizer import Regularizer
 from lightning_prune.selection.choosing import Choice, Chooser, kept_units, living_units, meet_budget
+from lightning_prune.selection.forecast import Forecast, foresee
 from lightning_prune.selection.requests import (
     Targets,
     check_counts,
@@ -122,6 +124,7 @@ class GroupNormPruner:
         self.plan = Plan()
         self.current_step = 0
         self.notes: tuple[str, ...] = ()
+        self.scores: tuple[Floats, ...] = ()  # [n_units] per group: what the last choice was made by
         self._evidence = Evidence(include_bias=include_bias)
         self.collector = Collector(model, importance)
         self._head_dims: frozenset[str] = frozenset()
@@ -160,7 +163,8 @@ class GroupNormPruner:
                 stacklevel=2,
             )
             return Plan()
-        choice = self._choose(self.current_step + 1, self._scores())
+        self.scores = tuple(self._scores())
+        choice = self._choose(self.current_step + 1, self.scores)
         plan, notes = self._analysis.plan(choice.keep)
         self.notes = choice.notes + notes
         if dry_run:
@@ -212,6 +216,43 @@ class GroupNormPruner:
         """Groups of units that can be removed now."""
         return self._analysis.groups
 
+    def pressed_groups(self) -> tuple[Group, ...]:
+        """Groups that the ratios reach: sparse learning presses them. Ignored ones and ratio 0 are out."""
+        return tuple(
+            group
+            for group, ratio in zip(self.groups(), self._goal.ratio, strict=True)
+            if ratio > 0 and not self._goal.locked[group.units].all()
+        )
+
+    def kept_units(self, plan: Plan) -> tuple[Bools, ...]:
+        """Tell per group which units a plan for the model as it is keeps, [n_units] each."""
+        keep = kept_units(self._analysis, plan)
+        return tuple(keep[group.units] for group in self.groups())
+
+    def foresee(self) -> Iterator[Forecast]:
+        """Yield what is left now and after every step to come, chosen by the weights as they are.
+
+        Nothing is touched. Later steps will choose by the weights of their day; how many units they remove is
+        known already.
+
+        Raises:
+            BudgetError: If the budget of a step cannot be met.
+        """
+        yield foresee(self._analysis, self.current_step, Choice(np.ones(self._analysis.graph.n_units, bool)))
+        drawn = self._evidence.generator.get_state()
+        scores = self._scores(rehearsal=True)
+        self._evidence.generator.set_state(drawn)  # random scores of the steps themselves stay what they were
+        for step in range(self.current_step + 1, self.iterative_steps + 1):
+            yield foresee(self._analysis, step, self._choose(step, scores))
+
+    def couplings(self, group: Group) -> tuple[Coupling, ...]:
+        """List the ties between the tensors of a group, each with its reason."""
+        return couplings(self._analysis, group)
+
+    def frozen(self) -> tuple[Frozen, ...]:
+        """List the channel dimensions of which something stays whatever is asked, each with its reason."""
+        return list_frozen(self._analysis)
+
     def explain(self, name: str, dim: int) -> str:
         """Say why a dimension of a parameter or buffer stays, or with what it is tied.
 
@@ -252,7 +293,7 @@ class GroupNormPruner:
         """The regulariser of the groups that are pruned; ignored groups and ratio 0 are left alone."""
         if self._regularizer is None:
             self._regularizer = Regularizer(
-                self._pressed(),
+                self.pressed_groups(),
                 dict(self.model.named_parameters()),
                 reg=self.options.reg,
                 alpha=self.options.alpha,
@@ -260,10 +301,6 @@ class GroupNormPruner:
                 nan_policy=self.options.nan_policy,
             )
         return self._regularizer
-
-    def _pressed(self) -> list[Group]:
-        pairs = zip(self.groups(), self._goal.ratio, strict=True)
-        return [g for g, ratio in pairs if ratio > 0 and not self._goal.locked[g.units].all()]
 
     # -- evidence ----------------------------------------------------------------------------------
 
@@ -410,7 +447,7 @@ class GroupNormPruner:
         """A wrong name is an error now, not in hour ten."""
         if isinstance(self.options.importance, str):
             rank([], {}, importance=self.options.importance, nan_policy=self.options.nan_policy)
-            self.collector.check(self._pressed())
+            self.collector.check(self.pressed_groups())
 
     def _forget_heads(self, before: Analysis, plan: Plan) -> None:
         """What went with its head no longer counts among the initial units."""

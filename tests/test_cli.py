@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_prune.checkpoint import load_from_checkpoint
 from lightning_prune.commands import entry, running, train
@@ -87,6 +89,12 @@ def _rows(folder: Path) -> list[dict[str, str]]:
 
 def _values(folder: Path, name: str) -> list[float]:
     return [float(row[name]) for row in _rows(folder) if row.get(name)]
+
+
+def group_line(out: str, name: str) -> list[str]:
+    """Give the cells of a group's line in a printed plan."""
+    (line,) = [line.split() for line in out.splitlines() if line.split()[-1:] == [name]]
+    return line
 
 
 def test_help_teaches_and_needs_no_extra(command, monkeypatch):
@@ -178,6 +186,7 @@ def test_a_run_trains_prunes_reports_and_saves(command, tmp_path):
         "pruned.ckpt",
         "checkpoints",
         "metrics.csv",
+        "report.html",
         "report.md",
         "report.json",
         "channels.png",
@@ -264,7 +273,7 @@ def test_a_folder_of_ones_own_is_found(command, tmp_path):
     (own / "mine.yaml").write_text("defaults: [default, _self_]\nmodule: net\npruning_ratio: 0.25\n")
     code, out, err = command("plan", "--config-dir", "my", "pruning=mine")
     assert code == 0, err
-    assert "32 -> 24  stem.weight:0" in out
+    assert group_line(out, "stem.weight:0")[:2] == ["32", "24"]
     code, out, _ = command("--config-dir", "my", "pruning=mine", "--cfg", "job")
     assert code == 0
     assert "pruning_ratio: 0.25" in out
@@ -273,18 +282,109 @@ def test_a_folder_of_ones_own_is_found(command, tmp_path):
 def test_plan_shows_groups_reasons_and_savings_and_touches_nothing(command, tmp_path):
     code, out, err = command("plan", "pruning=default", "pruning.module=net", "pruning.pruning_ratio=0.5")
     assert code == 0, err
-    assert "32 -> 16  stem.weight:0" in out
-    assert "head.weight dim 0: an output of the model" in out
+    assert group_line(out, "stem.weight:0")[:2] == ["32", "16"]
+    assert re.search(r"an output of the model: output +head.weight dim 0", out)
     dense = sum(p.numel() for p in ResNet().parameters())
     pruned = sum(p.numel() for p in ResNet(widths=(16, 32, 64)).parameters())
-    assert f"{dense:,} -> {pruned:,}" in out
+    assert re.search(rf"^ +0 +672 +{dense:,} +100.00%", out, flags=re.MULTILINE)
+    assert re.search(rf"^ +1 +1 +336 +{pruned:,} +{pruned / dense:.2%}", out, flags=re.MULTILINE)
     assert not any(tmp_path.iterdir())
 
 
 def test_plan_counts_heads(command):
     code, out, err = command("plan", "model=vit", "pruning=vit_heads")
     assert code == 0, err
-    assert out.count("4 -> 2  blocks.") == 3
+    assert len(re.findall(r"^ +4 +2 +50% +\d+ +head +blocks\.", out, flags=re.MULTILINE)) == 3
+
+
+def test_plan_shows_every_step_with_its_epoch_and_whether_the_budget_is_met(command):
+    _, out, _ = command("plan", "trainer.max_epochs=20", "pruning.options.budget.macs=0.4")
+    steps = [
+        line.split() for line in out.splitlines() if re.match(r"^ +\d+ +\d+ +\d+ +[\d,]+ +[\d.]+% ", line)
+    ]
+    assert [(step[0], step[1]) for step in steps] == [("1", "6"), ("2", "7"), ("3", "8"), ("4", "9")]
+    shares = [float(step[-1].rstrip("%")) for step in steps]
+    assert shares == pytest.approx([85, 70, 55, 40], abs=1.5)  # an equal part of the way each
+    assert f"asked to keep 40.00%, will keep {shares[-1]:.2f}%" in out
+
+
+def test_plan_says_what_is_reachable_where_a_budget_is_not(command):
+    code, out, err = command(
+        "plan", "pruning.options.budget.macs=0.1", "pruning.options.ignored_layers=['stages.2.*']"
+    )
+    assert (code, out) == (1, "")
+    assert "budget macs: 0.100 of" in err
+    assert "Ask for at least" in err
+
+
+def test_plan_as_json_is_json_and_nothing_else(command, tmp_path):
+    code, out, _ = command(
+        "plan", "--json", "pruning=default", "pruning.module=net", "pruning.pruning_ratio=0.5"
+    )
+    assert code == 0
+    data = json.loads(out)
+    assert data["model"] == "ResNet"
+    assert data["inputs"] == "2x1x8x8 float32"
+    stem = next(group for group in data["groups"] if group["name"] == "stem.weight:0")
+    assert (stem["units"], stem["left"], stem["kind"]) == (32, 16, "channel")
+    assert {"stem.weight:0", "bn.bias:0", "stages.0.0.conv1.weight:1"} <= set(stem["tensors"])
+    assert [step["epoch"] for step in data["steps"]] == [None, 1]
+    assert data["budget"] is None
+    assert {
+        "tensor": "head.weight",
+        "dim": 0,
+        "stays": 10,
+        "size": 10,
+        "reason": "an output of the model: output",
+    } in data["frozen"]
+    assert data["unknown_operations"] == []
+    assert not any(tmp_path.iterdir())
+
+
+def test_plan_draws_one_group(command):
+    code, out, err = command("plan", "--diagram", "stages.0.0.conv1")
+    assert code == 0, err
+    assert out.splitlines()[:4] == [
+        "graph LR",
+        '  n0["<b>stages.0.0.conv1</b> Conv2d<br/>weight dim 0"]',
+        '  n1["<b>stages.0.0.bn1</b> BatchNorm2d<br/>'
+        'weight dim 0, bias dim 0, running_mean dim 0, running_var dim 0"]',
+        '  n2["<b>stages.0.0.conv2</b> Conv2d<br/>weight dim 1"]',
+    ]
+    ties = [re.sub(r":\d+\)", ":N)", line.strip()) for line in out.splitlines()[4:]]
+    assert ties == [
+        'n0 -- "normalised with: native_batch_norm in stages.0.0.bn1 (resnet.py:N)" --- n1',
+        'n0 -- "contracted: conv2d in stages.0.0.conv2 (resnet.py:N)" --- n2',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("stam", ["no group has", "stem.weight:0"]),
+        ("blocks.0.attn.qkv", ["more than one", "qkv.weight:0/head,"]),
+    ],
+)
+def test_plan_does_not_guess_which_group_is_meant(command, name, parts):
+    code, _, err = command("plan", "model=vit" if "blocks" in name else "model=resnet", "--diagram", name)
+    assert code == 1
+    assert all(part in err for part in parts)
+
+
+class Blind(LightningModule):
+    """Tells nobody what it eats."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(4, 2)
+
+
+def test_plan_of_a_model_without_example_inputs_says_what_to_do(command, tmp_path):
+    (tmp_path / "my" / "model").mkdir(parents=True)
+    (tmp_path / "my" / "model" / "blind.yaml").write_text(f"_target_: {__name__}.Blind\n")
+    code, _, err = command("plan", "--config-dir", "my", "model=blind")
+    assert code == 1
+    assert "a plan for Blind was asked for, but it has no example_input_array" in err
 
 
 @pytest.mark.parametrize(
@@ -298,4 +398,4 @@ def test_plan_counts_heads(command):
 )
 def test_ratio_and_budget(command, words, left):
     _, out, _ = command("plan", *words)
-    assert f"{left}  stem.weight:0" in out
+    assert " -> ".join(group_line(out, "stem.weight:0")[:2]) == left

@@ -63,6 +63,12 @@ def test_the_wheel_holds_every_configuration_file(wheel: Path) -> None:
     assert configs, "conf/ holds no configuration at all"
 
 
+def test_the_wheel_holds_the_templates_of_pages(wheel: Path) -> None:
+    templates = {f.relative_to(ROOT).as_posix() for f in (ROOT / "lightning_prune").rglob("*.html")}
+    assert templates
+    assert templates <= set(zipfile.ZipFile(wheel).namelist())
+
+
 def test_the_wheel_claims_one_top_level_name(wheel: Path) -> None:
     names = {name.partition("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
     assert {name for name in names if not name.endswith(".dist-info")} == {"lightning_prune"}

@@ -15,17 +15,33 @@ from matplotlib.image import imread
 from rich.console import Console
 from torch import nn
 
-from lightning_prune.errors import TraceError
+from lightning_prune.errors import PruneError, TraceError
+from lightning_prune.graph.explaining import Frozen
 from lightning_prune.measuring import measured
 from lightning_prune.measuring.latency import Latency
 from lightning_prune.measuring.measured import Measured, measure_pair
-from lightning_prune.reporting import report
-from lightning_prune.reporting.figures import channels_figure, shorten
+from lightning_prune.reporting.console import print_report
+from lightning_prune.reporting.history import ClassScores, Cut, Spread
+from lightning_prune.reporting.markdown import to_markdown
+from lightning_prune.reporting.pictures import drawing
+from lightning_prune.reporting.pictures.channels import channels_figure, shorten
 from lightning_prune.reporting.report import Report, Target
+from lightning_prune.reporting.writing import write_report
 
+TEXTS = ["report.html", "report.md", "report.json"]
 GOLDEN = Path(__file__).parent / "golden"
-DENSE = Measured(0.9740, 175_258, 9_123_456, 701_032, 1.430, 0.020, 1_404_032)
-PRUNED = Measured(0.9700, 61_111, 4_561_728, 244_444, 1.0, 0.015, 700_000)
+DENSE = Measured(0.9740, 175_258, 9_123_456, 701_032, 1.430, 0.020, 1_404_032, 710_000)
+PRUNED = Measured(0.9700, 61_111, 4_561_728, 244_444, 1.0, 0.015, 700_000, 255_000)
+CUT = Cut(
+    epoch=1,
+    edges=(0.1, 1.0, 10.0),
+    classes=(
+        ClassScores("stem", (1, 6), (7, 0), 0.75),
+        ClassScores("layer1.0.conv1 and 1 like it", (3, 5), (8, 0), 0.5),
+    ),
+    unscored=1,
+    notes=("round_to=8: layer1.0.conv1 keeps 8 of 16",),
+)
 
 
 def sample(**changes: Any) -> Report:
@@ -46,8 +62,24 @@ def sample(**changes: Any) -> Report:
         "machine": {"cpu": "Example CPU", "threads": 2, "device": "cpu"},
         "config": {"pruning": {"pruning_ratio": 0.5, "ignored_layers": ["fc"]}},
         "timeline": (
-            {"epoch": 0, "phase": "dense", "sparsity": 0.0, "macs": 9_123_456, "accuracy": 0.91},
-            {"epoch": 1, "phase": "prune", "sparsity": 0.4985, "macs": 4_561_728},
+            {"epoch": 0, "phase": "dense", "sparsity": 0.0, "macs": 1.0, "accuracy": 0.91},
+            {"epoch": 1, "phase": "prune", "sparsity": 0.4985, "macs": 0.5},
+        ),
+        "cuts": (CUT,),
+        "spreads": (
+            Spread(0, (0.5, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0)),
+            Spread(1, (0.0, 0.1, 0.7, 1.0, 1.3, 1.8, 2.5)),
+        ),
+        "frozen": (
+            Frozen("fc.weight", 0, 10, 10, "an output of the model: output"),
+            Frozen("fc.bias", 0, 10, 10, "an output of the model: output"),
+            Frozen(
+                "layer2.0.conv1.weight",
+                1,
+                3,
+                16,
+                "padded along a labelled dimension: pad in layer2 (net.py:12)",
+            ),
         ),
     }
     return Report(**{**whole, **changes})
@@ -56,7 +88,7 @@ def sample(**changes: Any) -> Report:
 def console_text(shown: Report, width: int = 80) -> str:
     console = Console(width=width, record=True, file=open(os.devnull, "w"), color_system=None)  # noqa: PTH123, SIM115
     with console.file:
-        shown.print_rich(console)
+        print_report(shown, console)
     return "\n".join(line.rstrip() for line in console.export_text().splitlines()) + "\n"
 
 
@@ -69,7 +101,10 @@ def markdown_cells(text: str, heading: str) -> list[list[str]]:
 @pytest.mark.parametrize(
     ("name", "render"),
     [
-        ("report.md", lambda: sample().to_markdown(figure="channels.png", remarks=["One remark."])),
+        (
+            "report.md",
+            lambda: to_markdown(sample(), pictures={"channels": "channels.png"}, remarks=["One remark."]),
+        ),
         ("report.txt", lambda: console_text(sample())),
         ("report.json", lambda: sample().to_json()),
     ],
@@ -81,7 +116,7 @@ def test_the_report_reads_as_agreed(name: str, render: Callable[[], str]) -> Non
 
 
 def test_channel_columns_add_up_to_their_totals() -> None:
-    *layers, total = markdown_cells(sample().to_markdown(), "## Channels per layer")
+    *layers, total = markdown_cells(to_markdown(sample()), "## Channels per layer")
     for column in (1, 2):
         assert sum(int(line[column].replace(",", "")) for line in layers) == int(
             total[column].replace(",", "")
@@ -97,6 +132,38 @@ def test_json_holds_plain_numbers_under_the_agreed_names() -> None:
         assert all(type(data[side][name]) in (int, float) for name in names)
     assert data["metric"] == {"name": "accuracy", "direction": "max", "split": "test"}
     assert {"dense_is", "seed", "versions", "machine", "config"} <= data.keys()
+
+
+def test_a_report_comes_back_from_its_json() -> None:
+    again = Report.from_dict(json.loads(sample().to_json()))
+    assert again == sample()
+    old = {k: v for k, v in sample().as_dict().items() if k not in ("cuts", "spreads", "frozen", "speed")}
+    assert Report.from_dict(old) == sample(cuts=(), spreads=(), frozen=())
+
+
+@pytest.mark.parametrize("data", [{}, [], {"dense": 3}, {**sample().as_dict(), "channels": {"a": 1}}])
+def test_what_is_no_report_is_refused(data: Any) -> None:
+    with pytest.raises(PruneError, match="no report of a prune"):
+        Report.from_dict(data)
+
+
+def test_sentences_on_speed_take_the_place_of_the_rule_of_thumb() -> None:
+    slow = {"pruned": replace(PRUNED, latency_ms=2.0)}
+    assert "less than half" in sample(**slow).notes()[0]
+    assert sample(**slow, speed=("Calls take longer than sums.",)).notes() == (
+        "Calls take longer than sums.",
+    )
+
+
+def test_each_reason_is_said_once_with_all_that_it_holds() -> None:
+    lines = markdown_cells(to_markdown(sample()), "These positions were never up for removal.\n")
+    assert lines == [
+        ["an output of the model: output", "fc.weight dim 0, fc.bias dim 0"],
+        [
+            "padded along a labelled dimension: pad in layer2 (net.py:12)",
+            "layer2.0.conv1.weight dim 1 (3 of 16)",
+        ],
+    ]
 
 
 def test_json_survives_what_json_cannot_say() -> None:
@@ -124,6 +191,7 @@ def test_json_survives_what_json_cannot_say() -> None:
         ("latency, ms (IQR)", {"latency_iqr_ms": None}, {"latency_iqr_ms": None}, "1.43x faster"),
         ("latency, ms (IQR)", {}, {"latency_ms": 0.0}, "too short to measure"),
         ("peak memory", {"peak_memory_bytes": 100}, {"peak_memory_bytes": 75}, "25.0% less"),
+        ("saved weights", {"disk_bytes": 200}, {"disk_bytes": 150}, "25.0% less"),
     ],
 )
 def test_changes_are_worded_honestly(
@@ -147,7 +215,7 @@ def test_another_metric_keeps_its_scale_and_its_direction() -> None:
 
 
 def test_what_was_not_measured_has_no_row() -> None:
-    unknown = {"latency_ms": None, "peak_memory_bytes": None}
+    unknown = {"latency_ms": None, "peak_memory_bytes": None, "disk_bytes": None}
     shown = sample(split=None, dense=replace(DENSE, **unknown), pruned=replace(PRUNED, **unknown))
     assert [row.label for row in shown.rows()] == ["parameters", "MACs", "parameter memory"]
     assert shown.notes() == (
@@ -171,7 +239,7 @@ def test_latency_that_falls_short_of_the_macs_is_flagged(latency_ms: float, said
     else:
         assert shown.notes()[0].startswith(said)
         assert said in " ".join(console_text(shown).split())
-        assert f"> {said}" in shown.to_markdown()
+        assert f"> {said}" in to_markdown(shown)
 
 
 def test_names_with_brackets_and_bars_are_shown_as_they_are() -> None:
@@ -181,18 +249,21 @@ def test_names_with_brackets_and_bars_are_shown_as_they_are() -> None:
     assert "[bold]not markup[/bold]" in console_text(shown)
     assert "[red]accuracy (test)" in console_text(replace(shown, metric="[red]accuracy"))
     assert "[x]: asked 0.00%" in console_text(shown)
-    assert r"| a\|b  |" in shown.to_markdown()
+    assert r"| a\|b  |" in to_markdown(shown)
 
 
 def test_write_leaves_three_whole_files(tmp_path: Path) -> None:
-    paths = sample().write(tmp_path / "new" / "folder")
-    assert [path.name for path in paths] == ["channels.png", "report.md", "report.json"]
+    paths = write_report(sample(), tmp_path / "new" / "folder")
+    assert [path.name for path in paths] == [
+        *(f"{name}.png" for name in ("timeline", "channels", "importance", "spread")),
+        *("report.html", "report.md", "report.json"),
+    ]
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == sorted(
         p.name for p in paths
     )
-    assert imread(paths[0]).shape[1] > 800
-    assert "(channels.png)" in paths[1].read_text()
-    assert json.loads(paths[2].read_text())["seed"] == 7
+    assert all(imread(path).shape[1] > 800 for path in paths[:4])
+    assert all(f"({path.name})" in paths[5].read_text() for path in paths[:4])
+    assert json.loads(paths[6].read_text())["seed"] == 7
 
 
 def test_no_file_is_written_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,10 +275,10 @@ def test_no_file_is_written_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return original(path, data)
 
     monkeypatch.setattr(Path, "write_bytes", note)
-    sample(channels={}).write(tmp_path)
-    assert len(names) == 2
-    assert {path.name for path in tmp_path.iterdir()} == {"report.md", "report.json"}
-    assert not {"report.md", "report.json"} & set(names)
+    write_report(sample(channels={}, timeline=(), cuts=(), spreads=()), tmp_path)
+    assert len(names) == 3
+    assert {path.name for path in tmp_path.iterdir()} == set(TEXTS)
+    assert not set(TEXTS) & set(names)
 
 
 def test_a_missing_matplotlib_costs_the_figure_not_the_report(
@@ -221,10 +292,11 @@ def test_a_missing_matplotlib_costs_the_figure_not_the_report(
         return original(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    assert [path.name for path in sample().write(tmp_path)] == ["report.md", "report.json"]
-    text = (tmp_path / "report.md").read_text()
-    assert "pip install 'lightning-prune[plots]'" in text
-    assert "channels.png" not in text
+    assert [path.name for path in write_report(sample(), tmp_path)] == TEXTS
+    for text in ((tmp_path / name).read_text() for name in TEXTS[:2]):
+        assert "lightning-prune[plots]" in text
+        assert "channels.png" not in text
+        assert "<img" not in text
     assert "lightning-prune[plots]" in caplog.text
 
 
@@ -232,12 +304,12 @@ def test_a_figure_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.Monkey
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("no paper")
 
-    monkeypatch.setattr(report, "channels_figure", fail)
-    sample().write(tmp_path)
-    assert (
-        "> No figure: drawing it failed with ZeroDivisionError: no paper"
-        in (tmp_path / "report.md").read_text()
-    )
+    monkeypatch.setattr(drawing, "channels_figure", fail)
+    write_report(sample(), tmp_path)
+    remark = "No picture of channels: drawing it failed with ZeroDivisionError: no paper"
+    assert f"> {remark}" in (tmp_path / "report.md").read_text()
+    assert remark in (tmp_path / "report.html").read_text()
+    assert (tmp_path / "timeline.png").exists()
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,13 +321,13 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(KeyboardInterrupt):
-        sample(channels={}).write(tmp_path)
+        write_report(sample(channels={}, timeline=(), cuts=(), spreads=()), tmp_path)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"report.md": "old"}
 
 
 def test_the_smallest_report_renders() -> None:
     shown = Report(dense=Measured(None, 1, 1, 4), pruned=Measured(None, 1, 1, 4), dense_is="Itself.")
-    assert shown.to_markdown().count("##") == 0
+    assert to_markdown(shown).count("##") == 0
     assert "the same" in console_text(shown)
 
 
@@ -309,8 +381,14 @@ def test_a_pair_is_measured_in_one_go(monkeypatch: pytest.MonkeyPatch) -> None:
         accuracies=(0.9, None),
         forward_fn=lambda model, given: model(given["x"]),
     )
-    assert dense == Measured(0.9, 36, 96, 144, 2.0, 0.2, 144 + 48)
-    assert pruned == Measured(None, 18, 48, 72, 1.0, 0.1, 72 + 24)
+    assert replace(dense, disk_bytes=0) == Measured(0.9, 36, 96, 144, 2.0, 0.2, 144 + 48, 0)
+    assert replace(pruned, disk_bytes=0) == Measured(None, 18, 48, 72, 1.0, 0.1, 72 + 24, 0)
+
+
+def test_the_size_on_disk_is_that_of_the_file(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4))
+    torch.save(net.state_dict(), tmp_path / "archive")  # the name goes into the file
+    assert measured.saved_bytes(net) == (tmp_path / "archive").stat().st_size
 
 
 def test_a_pair_that_cannot_run_is_an_error_of_ours() -> None:

@@ -2,46 +2,73 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any
 
-import numpy as np
+import torch
 from hydra.utils import instantiate
-from lightning.pytorch import seed_everything
+from lightning.pytorch import LightningModule, seed_everything
 from omegaconf import DictConfig
 
 from lightning_prune.commands.configuring import compose_config, config_parser, pruner_of
 from lightning_prune.errors import OptionError
 from lightning_prune.graph.groups import Group
-from lightning_prune.measuring.cost import measure_cost
-from lightning_prune.plan import Plan
 from lightning_prune.pruner import GroupNormPruner
-from lightning_prune.surgery.applying import apply
-from lightning_prune.training.example_inputs import Example, from_array, one_sample
+from lightning_prune.reporting.diagram import to_mermaid
+from lightning_prune.reporting.outlook import GroupOutlook, Outlook, print_outlook, with_progress
+from lightning_prune.selection.forecast import Forecast
+from lightning_prune.training.callback import StructuredPruning
 
 __all__ = ["run"]
 
 EXAMPLES = """\
   lightning-prune plan                                  the demo
   lightning-prune plan model=vit pruning=vit_heads      a transformer, by heads
-  lightning-prune plan pruning.options.budget.macs=0.3  another budget
-  lightning-prune plan --config-dir my model=mine       a model of your own"""
+  lightning-prune plan pruning.options.budget.macs=0.3  can that budget be met?
+  lightning-prune plan --config-dir my model=mine       a model of your own, from my/model/mine.yaml
+  lightning-prune plan --json > plan.json               the same, for a program
+  lightning-prune plan --diagram stem > stem.mmd        the group of a layer, drawn with Mermaid
+
+The weights are fresh ones, so which units go is not known yet; how many is."""
 
 
 def run(words: Sequence[str]) -> None:
     """Print what would be cut."""
-    parser = config_parser("plan", "Show what would be cut, what stays and why; train nothing.", EXAMPLES)
+    parser = config_parser(
+        "plan",
+        "Show what would be cut, what stays and why, what every step leaves and whether the budget can be "
+        "met. Nothing is trained and nothing is written.",
+        EXAMPLES,
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print it as JSON and nothing else")
+    form.add_argument(
+        "--diagram",
+        metavar="GROUP",
+        help="print one group as a Mermaid diagram: a group's name, or a layer's",
+    )
     given = parser.parse_intermixed_args(words)
-    _print_plan(compose_config(given.overrides, given.config_dir))
+    cfg = compose_config(given.overrides, given.config_dir)
+    model, callback, pruner = _built(cfg)
+    if given.diagram:
+        group = _group(pruner, given.diagram)
+        types = {name: type(layer).__name__ for name, layer in pruner.model.named_modules()}
+        print(to_mermaid(group, pruner.couplings(group), types))
+        return
+    outlook = _outlook(model, callback, pruner)
+    if given.json:
+        print(json.dumps(outlook.as_dict(), indent=2))
+    else:
+        print_outlook(outlook)
 
 
-def _print_plan(cfg: DictConfig) -> None:
-    """Print the groups before and after, what stays and why, and what the prune will save."""
+def _built(cfg: DictConfig) -> tuple[LightningModule, StructuredPruning, GroupNormPruner]:
     if not cfg.pruning:
         raise OptionError(
             "a plan was asked for with pruning=none, which cuts nothing; choose another pruning=..."
         )
-    cfg.pruning.iterative_steps = 1  # the end of all steps, seen at once
     seed_everything(cfg.seed, verbose=False)
     model, callback = instantiate(cfg.model), instantiate(cfg.pruning)
     pruner = pruner_of(callback, model)
@@ -50,48 +77,67 @@ def _print_plan(cfg: DictConfig) -> None:
             f"a plan for {type(model).__name__} was asked for, but it has no example_input_array to trace it "
             "with; set that attribute to one input of forward"
         )
-    plan = pruner.step(dry_run=True)
-    print(f"{'units':>12}  group")
-    for group in pruner.groups():
-        kind = "" if group.kind == "channel" else f" ({group.kind})"
-        print(f"{f'{group.n_units} -> {units_left(group, plan)}':>12}  {group.name.split('/')[0]}{kind}")
-    print("\nWhat stays whole, and why:", *_frozen(pruner), sep="\n  ")
-    before, after = pruner.model, copy.deepcopy(pruner.model)
-    apply(after, plan)
-    example = one_sample(Example.of(from_array(model, callback.module)))
-    dense, pruned = (measure_cost(m, example.inputs, forward_fn=example.forward_fn) for m in (before, after))
-    for name in ("macs", "parameters"):
-        was, will = getattr(dense, name), getattr(pruned, name)
-        print(f"{name:>12}  {was:,} -> {will:,} ({will / was:.1%})")
-    print(*pruner.notes, sep="\n", end="")
+    return model, callback, pruner
 
 
-def units_left(group: Group, plan: Plan) -> int:
-    """Count the units of a group that a plan keeps.
+def _outlook(model: LightningModule, callback: StructuredPruning, pruner: GroupNormPruner) -> Outlook:
+    steps = tuple(with_progress(pruner.foresee(), pruner.iterative_steps + 1))
+    first, last = steps[0], steps[-1]
+    classes = list(dict.fromkeys(group.isomorphism for group in pruner.groups()))
+    groups = tuple(
+        GroupOutlook(
+            group.name,
+            group.kind,
+            classes.index(group.isomorphism) + 1,
+            before,
+            after,
+            tuple(f"{member.tensor}:{member.dim}" for member in group.members),
+        )
+        for group, before, after in zip(pruner.groups(), first.kept, last.kept, strict=True)
+    )
+    return Outlook(
+        model=type(pruner.model).__name__,
+        inputs=_described(model.example_input_array),
+        groups=groups,
+        steps=steps,
+        epochs=tuple(
+            callback.start_epoch + number * callback.every_n_epochs for number in range(len(steps) - 1)
+        ),
+        budget=_budget(callback, first, last),
+        frozen=pruner.frozen(),
+        unknown=pruner.unknown_operations(),
+    )
 
-    >>> import torch
-    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Linear(4, 1))
-    >>> pruner = GroupNormPruner(net, torch.ones(1, 2))
-    >>> units_left(pruner.groups()[0], pruner.step(dry_run=True))
-    2
-    """
-    cuts = {(cut.tensor, cut.dim): cut for cut in plan.cuts}
-    alive: set[int] = set()
-    for member in group.members:
-        cut = cuts.get((member.tensor, member.dim))
-        if cut is None:
-            return group.n_units
-        rows = cut.by_row() if cut.rows > 1 else cut.by_row() * member.rows
-        kept = [row * member.size + position for row, positions in enumerate(rows) for position in positions]
-        alive |= set(member.unit[np.isin(member.index, kept)].tolist())
-    return len(alive)
+
+def _budget(callback: StructuredPruning, first: Forecast, last: Forecast) -> tuple[str, float, float] | None:
+    if not callback.options.budget:
+        return None
+    ((what, asked),) = callback.options.budget.items()
+    before, after = ((each.macs if what == "macs" else each.parameters) for each in (first, last))
+    return what, asked, after / max(before, 1)
 
 
-def _frozen(pruner: GroupNormPruner) -> Iterator[str]:
-    """Name the channel dimensions of which something stays, with the reason."""
-    for name, tensor in pruner.model.named_parameters():
-        for dim in range(min(2, tensor.dim())):  # those after are a kernel's height and width
-            _, found, reason = pruner.explain(name, dim).partition(" stay: ")
-            if found:
-                yield f"{name} dim {dim}: {reason.splitlines()[0]}"
-    yield from (f"operation without a rule, its inputs stay: {name}" for name in pruner.unknown_operations())
+def _described(inputs: Any) -> str:
+    """Say what the inputs are, in words."""
+    if isinstance(inputs, torch.Tensor):
+        return f"{'x'.join(map(str, inputs.shape))} {str(inputs.dtype).removeprefix('torch.')}"
+    values = inputs.values() if isinstance(inputs, dict) else inputs
+    if isinstance(inputs, (dict, list, tuple)):
+        return ", ".join(map(_described, values))
+    return type(inputs).__name__
+
+
+def _group(pruner: GroupNormPruner, name: str) -> Group:
+    """Find a group by its own name or by that of the layer whose outputs it is."""
+    groups = pruner.groups()
+    exact = [group for group in groups if group.name == name]
+    ours = exact or [g for g in groups if g.members[0].tensor in (name, f"{name}.weight")]
+    ours = ours or [
+        g for g in groups if any(m.tensor in (name, f"{name}.weight") and m.dim == 0 for m in g.members)
+    ]
+    if len(ours) == 1:
+        return ours[0]
+    names = [group.name for group in ours or groups]
+    near = names if ours else get_close_matches(name, names, n=5, cutoff=0.0)
+    found = "more than one group has" if ours else "no group has"
+    raise OptionError(f"--diagram {name} was asked for, and {found} that name; name one of {', '.join(near)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -14,6 +15,26 @@ from lightning_prune.graph.analysis import Analysis
 from lightning_prune.tracing.labels import FROZEN, Ints, along
 
 SHOWN = 8
+CHANNEL_DIMS = 2  # those after are a kernel's height and width
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A channel dimension of which something stays whatever is asked.
+
+    Args:
+        tensor: Name of a parameter.
+        dim: Dimension, 0 or 1.
+        stays: Positions that stay, >= 1.
+        size: Length of the dimension.
+        reason: Operation, module and source line of what holds it; a chain of such where there is one.
+    """
+
+    tensor: str
+    dim: int
+    stays: int
+    size: int
+    reason: str
 
 
 def explain(analysis: Analysis, name: str, dim: int) -> str:
@@ -58,6 +79,22 @@ def atoms_of(analysis: Analysis, name: str, dim: int) -> Ints | None:
         return tracer.ragged[name]
     label = tracer.leaves[name][dim]
     return None if label is None else along(label, dim)
+
+
+def list_frozen(analysis: Analysis) -> tuple[Frozen, ...]:
+    """List the channel dimensions of parameters of which something stays, in model order."""
+    found = []
+    for name, parameter in analysis.model.named_parameters():
+        for dim in range(min(CHANNEL_DIMS, parameter.dim())):
+            atoms = atoms_of(analysis, name, dim)
+            if atoms is None:
+                continue
+            held = analysis.graph.classes.of[atoms] == FROZEN
+            stays = int(held.any(axis=0).sum())
+            if stays:
+                reason = why_frozen(analysis, atoms[held])
+                found.append(Frozen(name, dim, stays, atoms.shape[1], reason))
+    return tuple(found)
 
 
 def _ties(analysis: Analysis, name: str, dim: int) -> list[str]:

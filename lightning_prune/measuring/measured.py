@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import platform
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from torch import nn
 from lightning_prune.measuring.cost import ForwardFn, measure_cost, peak_memory_bytes
 from lightning_prune.measuring.latency import measure_latency
 
-__all__ = ["Measured", "describe_machine", "describe_versions", "measure_pair"]
+__all__ = ["Measured", "describe_machine", "describe_versions", "measure_pair", "saved_bytes"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Measured:
         latency_ms: Median time of one forward, in milliseconds.
         latency_iqr_ms: Its interquartile range, in milliseconds.
         peak_memory_bytes: Bytes of an inference forward at its worst moment.
+        disk_bytes: Size of the saved weights, buffers included, as ``torch.save`` writes a state dict.
     """
 
     accuracy: float | None
@@ -38,6 +40,7 @@ class Measured:
     latency_ms: float | None = None
     latency_iqr_ms: float | None = None
     peak_memory_bytes: int | None = None
+    disk_bytes: int | None = None
 
 
 def measure_pair(
@@ -80,9 +83,40 @@ def measure_pair(
                 latency_ms=latency[name].median_ms,
                 latency_iqr_ms=latency[name].iqr_ms,
                 peak_memory_bytes=peak_memory_bytes(model, example_inputs, forward_fn=forward_fn),
+                disk_bytes=saved_bytes(model),
             )
         )
     return both[0], both[1]
+
+
+class _Count(io.RawIOBase):
+    """A file that keeps nothing but its length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.length = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        self.length += size
+        return size
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """Give the size on disk of a network's weights without writing them.
+
+    Args:
+        model: Its state dict is what would be saved.
+
+    >>> 400 < saved_bytes(nn.Linear(9, 10)) < 4000
+    True
+    """
+    count = _Count()
+    torch.save(model.state_dict(), cast(IO[bytes], count))
+    return count.length
 
 
 def describe_versions() -> dict[str, str]:

@@ -1,28 +1,21 @@
-"""Before and after a prune: one value, shown as console table, Markdown, JSON and figure.
-
-Every rendering is a function of the ``Report`` alone. rich and matplotlib are imported when they are used.
-"""
+"""Before and after a prune, as one value. Every rendering of it is a function of the ``Report`` alone."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from io import BytesIO
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
 
+from lightning_prune.errors import PruneError
+from lightning_prune.graph.explaining import Frozen
 from lightning_prune.measuring.measured import Measured
-from lightning_prune.reporting.figures import channels_figure
+from lightning_prune.reporting.history import Cut, Spread
 from lightning_prune.reporting.wording import (
-    cell,
     faster,
     fewer,
     less,
-    markdown_table,
     mebibytes,
     milliseconds,
     number,
@@ -30,14 +23,9 @@ from lightning_prune.reporting.wording import (
     saved,
 )
 
-if TYPE_CHECKING:
-    from rich.console import Console
+__all__ = ["Measured", "Report", "Row", "Target", "plain"]
 
-__all__ = ["Measured", "Report", "Row", "Target"]
-
-log = logging.getLogger(__name__)
 BEFORE_AFTER = ("", "dense", "pruned", "change")
-TIMELINE = ("epoch", "phase", "sparsity", "macs", "accuracy")
 
 
 @dataclass(frozen=True)
@@ -82,7 +70,12 @@ class Report:
         versions: Package -> version.
         machine: What it was measured on, as names and values.
         config: The resolved configuration.
-        timeline: One mapping per epoch with "epoch" and any of "phase", "sparsity", "macs", "accuracy".
+        timeline: One mapping per epoch with "epoch" and any of "phase", "sparsity" (share of the parameters
+            removed), "macs" (share left) and "accuracy".
+        cuts: What each cut chose by.
+        spreads: How far unit norms lay apart, per epoch.
+        frozen: What stayed whatever was asked, and why.
+        speed: Why the pruned network is not as much faster as its MACs promise, in sentences.
 
     >>> small, large = Measured(0.9, 50, 500, 200), Measured(0.9, 100, 1000, 400)
     >>> report = Report(dense=large, pruned=small, dense_is="The model before the first cut.")
@@ -103,6 +96,10 @@ class Report:
     machine: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     timeline: Sequence[Mapping[str, Any]] = ()
+    cuts: Sequence[Cut] = ()
+    spreads: Sequence[Spread] = ()
+    frozen: Sequence[Frozen] = ()
+    speed: Sequence[str] = ()
 
     def rows(self) -> tuple[Row, ...]:
         """Give the lines of the before/after table; what was not measured has no line."""
@@ -118,7 +115,8 @@ class Report:
                 mebibytes(b.memory_bytes),
                 less(a.memory_bytes, b.memory_bytes),
             ),
-            *_peak_rows(a, b),
+            *_byte_rows("peak memory", a.peak_memory_bytes, b.peak_memory_bytes),
+            *_byte_rows("saved weights", a.disk_bytes, b.disk_bytes),
         )
 
     def notes(self) -> tuple[str, ...]:
@@ -132,7 +130,9 @@ class Report:
             )
         macs = saved(self.dense.macs, self.pruned.macs)
         latency = saved(self.dense.latency_ms, self.pruned.latency_ms)
-        if macs is not None and latency is not None and macs > 0 and latency < macs / 2:
+        if self.speed:
+            notes += self.speed
+        elif macs is not None and latency is not None and macs > 0 and latency < macs / 2:
             notes.append(
                 f"MACs fell by {macs:.0%}, latency {'by' if latency >= 0 else 'rose by'} {abs(latency):.0%}: "
                 "less than half of what the MACs promise. Small layers are bound by memory and overhead; try "
@@ -155,115 +155,46 @@ class Report:
             "machine": self.machine,
             "config": self.config,
             "timeline": self.timeline,
+            "cuts": [asdict(cut) for cut in self.cuts],
+            "spreads": [asdict(spread) for spread in self.spreads],
+            "frozen": [asdict(each) for each in self.frozen],
+            "speed": self.speed,
         }
-        return {key: _plain(value) for key, value in data.items()}
+        return {key: plain(value) for key, value in data.items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """Read what ``as_dict`` or ``to_json`` wrote, by this version or an earlier one.
+
+        Raises:
+            PruneError: If it is no report.
+        """
+        try:
+            return cls(
+                dense=_measured(data["dense"]),
+                pruned=_measured(data["pruned"]),
+                dense_is=data["dense_is"],
+                metric=data["metric"]["name"],
+                direction=data["metric"]["direction"],
+                split=data["metric"]["split"],
+                channels={name: (before, after) for name, (before, after) in data["channels"].items()},
+                targets=tuple(Target(**target) for target in data["targets"]),
+                seed=data["seed"],
+                versions=data["versions"],
+                machine=data["machine"],
+                config=data["config"],
+                timeline=tuple(data["timeline"]),
+                cuts=tuple(Cut.of(cut) for cut in data.get("cuts", ())),
+                spreads=tuple(Spread.of(spread) for spread in data.get("spreads", ())),
+                frozen=tuple(Frozen(**each) for each in data.get("frozen", ())),
+                speed=tuple(data.get("speed", ())),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PruneError(f"this is no report of a prune: {type(error).__name__}: {error}") from error
 
     def to_json(self) -> str:
         """Give the JSON of ``as_dict``."""
         return json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n"
-
-    def to_markdown(self, *, figure: str | None = None, remarks: Sequence[str] = ()) -> str:
-        """Give the report as Markdown.
-
-        Args:
-            figure: Path of the figure of channels, relative to the text; None = leave it out.
-            remarks: Further notes.
-        """
-        parts = [
-            "# Before and after pruning",
-            f"**dense**: {self.dense_is}",
-            markdown_table(BEFORE_AFTER, [(r.label, r.dense, r.pruned, r.change) for r in self.rows()]),
-            *(f"> {note}" for note in (*self.notes(), *remarks)),
-            *_section("Asked and reached", ("", "asked", "reached"), _target_cells(self.targets)),
-            *_section(
-                "Channels per layer", ("layer", "before", "after", "kept"), _channel_cells(self.channels)
-            ),
-            *([f"![Channels per layer before and after]({figure})"] if figure else []),
-            *_section(
-                "Epochs", TIMELINE, [[cell(epoch.get(key)) for key in TIMELINE] for epoch in self.timeline]
-            ),
-            *_section("Run", ("", ""), _run_cells(self)),
-        ]
-        if self.config:
-            parts += ["## Configuration", f"```json\n{json.dumps(_plain(self.config), indent=2)}\n```"]
-        return "\n\n".join(parts) + "\n"
-
-    def print_rich(self, console: Console | None = None) -> None:
-        """Print table, targets and notes to a console.
-
-        Args:
-            console: Where to; None = standard output.
-        """
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        console = console or Console()
-        table = Table(
-            title="Before and after pruning", box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left"
-        )
-        table.add_column("")
-        for name in BEFORE_AFTER[1:]:
-            table.add_column(name, justify="right")
-        for row in self.rows():
-            table.add_row(Text(row.label), Text(row.dense), Text(row.pruned, style="bold"), Text(row.change))
-        console.print(table)
-        for label, asked, reached in _target_cells(self.targets):
-            console.print(Text(f"{label}: asked {asked}, reached {reached}"))
-        console.print(Text(f"dense: {self.dense_is}"))
-        for note in self.notes():
-            console.print(Text.assemble(("Note: ", "bold yellow"), note))
-
-    def write(self, folder: str | os.PathLike[str]) -> tuple[Path, ...]:
-        """Write report.md, report.json and channels.png; each appears whole or not at all.
-
-        A figure that cannot be drawn is replaced by a remark that says why.
-
-        Args:
-            folder: Where to; made if missing.
-
-        Returns:
-            The files written, report.json last: once it is there, the others are.
-        """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        files: dict[str, bytes] = {}
-        remarks: list[str] = []
-        if self.channels:
-            try:
-                files["channels.png"] = _png(self.channels)
-            except Exception as error:  # a report must not fail for want of a picture
-                remarks.append(_why_no_figure(error))
-                log.warning(remarks[-1])
-        figure = "channels.png" if "channels.png" in files else None
-        files["report.md"] = self.to_markdown(figure=figure, remarks=remarks).encode()
-        files["report.json"] = self.to_json().encode()
-        return tuple(_write_whole(folder / name, data) for name, data in files.items())
-
-
-def _png(channels: Mapping[str, tuple[int, int]]) -> bytes:
-    buffer = BytesIO()
-    channels_figure(channels, title="Channels per layer before and after").savefig(
-        buffer, format="png", dpi=150
-    )
-    return buffer.getvalue()
-
-
-def _why_no_figure(error: Exception) -> str:
-    if isinstance(error, ImportError):
-        return "No figure: matplotlib is not installed. `pip install 'lightning-prune[plots]'` adds it."
-    return f"No figure: drawing it failed with {type(error).__name__}: {error}"
-
-
-def _write_whole(path: Path, data: bytes) -> Path:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
 
 
 def _score_rows(report: Report) -> list[Row]:
@@ -291,38 +222,21 @@ def _latency_rows(dense: Measured, pruned: Measured) -> list[Row]:
     return [Row("latency, ms (IQR)", milliseconds(*before), milliseconds(*after), faster(before, after))]
 
 
-def _peak_rows(dense: Measured, pruned: Measured) -> list[Row]:
-    a, b = dense.peak_memory_bytes, pruned.peak_memory_bytes
-    return [] if a is None or b is None else [Row("peak memory", mebibytes(a), mebibytes(b), less(a, b))]
+def _byte_rows(label: str, a: int | None, b: int | None) -> list[Row]:
+    return [] if a is None or b is None else [Row(label, mebibytes(a), mebibytes(b), less(a, b))]
 
 
-def _target_cells(targets: Sequence[Target]) -> list[Sequence[str]]:
-    return [(target.what, percent(target.asked), percent(target.reached)) for target in targets]
+def _measured(data: Mapping[str, Any]) -> Measured:
+    known = {field.name for field in fields(Measured)}
+    return Measured(**{name: value for name, value in data.items() if name in known})
 
 
-def _channel_cells(channels: Mapping[str, tuple[int, int]]) -> list[Sequence[str]]:
-    if not channels:
-        return []
-    before, after = (sum(pair[side] for pair in channels.values()) for side in (0, 1))
-    lines = [*((name, *pair) for name, pair in channels.items()), ("total", before, after)]
-    return [(name, f"{a:,}", f"{b:,}", f"{b / a:.0%}" if a else "") for name, a, b in lines]
-
-
-def _run_cells(report: Report) -> list[Sequence[str]]:
-    seed = {} if report.seed is None else {"seed": report.seed}
-    return [(str(name), str(value)) for name, value in {**seed, **report.versions, **report.machine}.items()]
-
-
-def _section(title: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    return [f"## {title}", markdown_table(head, lines)] if lines else []
-
-
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Reduce to what JSON knows."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:  # a scalar of torch or numpy
         value = value.item()
     if isinstance(value, float):

@@ -24,6 +24,7 @@ from lightning_prune.tracing import (
     windows,
 )
 from lightning_prune.tracing.borrowing import Borrowed, SharedWriteError, copy_for_tracing
+from lightning_prune.tracing.labels import Site
 from lightning_prune.tracing.layers import replace_layers
 from lightning_prune.tracing.rules import FUNCTIONS, follow
 from lightning_prune.tracing.stated import watch_stated_widths
@@ -110,7 +111,7 @@ def _trace(
 
 
 def _freeze_outputs(tracer: Tracer, outputs: Any) -> None:
-    tracer.begin("output")
+    tracer.begin("output", Site("output", "", ""))  # no line of the model, which has returned
     tracer.modules = [""]
     for tensor in output_tensors(outputs):
         tracer.freeze_tensor(tensor, "an output of the model")

@@ -31,6 +31,7 @@ ARITHMETIC = frozenset(
 # The scale in effect counts, whether it was passed or is the default.
 _NOTED_BY_RULE = frozenset({"scaled_dot_product_attention"})
 _HERE = str(Path(__file__).parent.parent)
+_NETWORKS = str(Path(__file__).parent.parent / "models")  # those of the demo are models like any other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,17 +208,17 @@ class Tracer:
             self._site = Site(self.op, self.modules[-1], self._line())
         return self._site
 
-    def begin(self, op: str) -> None:
-        """A new operation starts."""
+    def begin(self, op: str, site: Site | None = None) -> None:
+        """A new operation starts; without a ``site`` it is where the model's code calls it."""
         self.op = op
-        self._site = None
+        self._site = site
 
     def _line(self) -> str:
         frame: FrameType | None = sys._getframe(2)
         while frame is not None:
             code = frame.f_code
             name = code.co_filename
-            if not name.startswith((_TORCH, _HERE, "<")):
+            if name.startswith(_NETWORKS) or not name.startswith((_TORCH, _HERE, "<")):
                 key = (code, frame.f_lasti)
                 if key not in self._lines:
                     self._lines[key] = f"{Path(name).name}:{frame.f_lineno}"

@@ -252,6 +252,7 @@ class StructuredPruning(Callback):
         phase = self.phase(trainer.current_epoch)
         facts = {name: float(value) for name, value in values.items() if name != "channels"}
         self.report.note_epoch(trainer, {**facts, "phase": phase})
+        self.report.note_norms(trainer, self.pruner)
         values["phase"] = float(PHASES.index(phase))
         values["target_reached"] = float(self.target_reached)
         if (loss := self._distiller.mean_loss(trainer)) is not None:
@@ -272,6 +273,7 @@ class StructuredPruning(Callback):
                 pl_module,
                 module=self.module,
                 example=self._example,
+                pruner=self.pruner,
                 targets=self._targets(),
                 config=self._config(),
             )
@@ -324,7 +326,7 @@ class StructuredPruning(Callback):
         if self.options.budget:
             ((what, share),) = self.options.budget.items()
             kept = self._progress.kept({"params": "parameters"}.get(what, what))
-            return (Target(f"{what} kept", share, kept),)
+            return (Target({"params": "parameters", "macs": "MACs"}.get(what, what) + " kept", share, kept),)
         return (Target("units removed", self.pruning_ratio, 1 - self._progress.kept("units")),)
 
     def _config(self) -> dict[str, Any]:
@@ -394,6 +396,7 @@ class StructuredPruning(Callback):
                     f"the cut of epoch {trainer.current_epoch} removes nothing {list(pruner.notes)}; "
                     "callback.pruner.explain(name, dim) says why a dimension stays"
                 )
+            self.report.note_cut(trainer, pruner, plan)
             pruner.commit(plan, optimizers=trainer.optimizers)
             for root in averaged_copies(trainer):
                 apply(self._target(root), plan)

@@ -7,14 +7,14 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -24,10 +24,14 @@ from lightning_prune.errors import TraceError
 from lightning_prune.measuring.cost import measure_cost
 from lightning_prune.measuring.measured import describe_machine, describe_versions, measure_pair
 from lightning_prune.plan import Plan
-from lightning_prune.reporting.figures import channels_figure
+from lightning_prune.pruner import GroupNormPruner
+from lightning_prune.reporting.console import print_report
+from lightning_prune.reporting.history import Cut, Spread, record_cut, record_spread
 from lightning_prune.reporting.report import Report, Target
+from lightning_prune.reporting.writing import write_report
 from lightning_prune.surgery.structure import take_on
 from lightning_prune.training.example_inputs import Example, one_sample
+from lightning_prune.training.showing import show
 from lightning_prune.training.strategies import callbacks_of
 
 __all__ = ["FitReport", "Score"]
@@ -86,6 +90,8 @@ class FitReport:
         self._weights: Mapping[str, Any] | None = None
         self._metrics: dict[str, float] = {}
         self._timeline: list[dict[str, Any]] = []
+        self._cuts: list[Cut] = []
+        self._spreads: list[Spread] = []
         self._twin: LightningModule | None = None
         self._dense_is = BEFORE_THE_CUT
 
@@ -114,6 +120,36 @@ class FitReport:
         accuracy = {} if name is None else {"accuracy": metrics[name]}
         self._timeline.append({"epoch": trainer.current_epoch, **facts, **accuracy})
 
+    def note_norms(self, trainer: Trainer, pruner: GroupNormPruner) -> None:
+        """Keep how far the unit norms lie apart at the end of an epoch."""
+        bias = pruner.options.include_bias
+
+        def note() -> None:
+            groups, tensors = pruner.pressed_groups(), dict(pruner.model.named_parameters())
+            found = record_spread(trainer.current_epoch, groups, tensors, include_bias=bias)
+            self._spreads += [] if found is None else [found]
+
+        self._note(trainer, note)
+
+    def note_cut(self, trainer: Trainer, pruner: GroupNormPruner, plan: Plan) -> None:
+        """Keep what a cut that is about to be made chose by."""
+
+        def note() -> None:
+            kept = pruner.kept_units(plan)
+            found = record_cut(trainer.current_epoch, pruner.groups(), pruner.scores, kept, pruner.notes)
+            self._cuts += [] if found is None else [found]
+
+        self._note(trainer, note)
+
+    def _note(self, trainer: Trainer, note: Callable[[], None]) -> None:
+        """Do what a picture needs, on the rank that reports; a picture less is no reason to stop."""
+        if not trainer.is_global_zero:
+            return
+        try:
+            note()
+        except Exception as error:
+            rank_zero_warn(f"the report will lack a picture: {type(error).__name__}: {error}")
+
     def write(
         self,
         trainer: Trainer,
@@ -121,6 +157,7 @@ class FitReport:
         *,
         module: str | None,
         example: Example,
+        pruner: GroupNormPruner,
         targets: tuple[Target, ...],
         config: Mapping[str, Any],
     ) -> None:
@@ -131,6 +168,7 @@ class FitReport:
             pl_module: The pruned module.
             module: Name of the pruned submodule, None for the whole.
             example: Inputs to measure with.
+            pruner: Says what stayed and why.
             targets: Asked against reached.
             config: Configuration to fall back on where ``config`` was not set.
         """
@@ -140,10 +178,11 @@ class FitReport:
         try:
             with isolate_rng():
                 dense = self._dense(pl_module, module)
-                self.result = self._measured(trainer, pl_module, dense, module, example, targets, config)
-            self.result.write(folder)
-            self.result.print_rich()
-            _show(trainer, self.result)
+                found = self._measured(trainer, pl_module, dense, module, example, targets, config)
+            self.result = replace(found, frozen=pruner.frozen())
+            write_report(self.result, folder)
+            print_report(self.result)
+            show(trainer, self.result)
         except Exception as error:
             rank_zero_warn(f"the report of the prune could not be made: {type(error).__name__}: {error}")
         finally:
@@ -151,12 +190,19 @@ class FitReport:
 
     def state_dict(self) -> dict[str, Any]:
         """Give plain data."""
-        return {"metrics": dict(self._metrics), "timeline": [dict(epoch) for epoch in self._timeline]}
+        return {
+            "metrics": dict(self._metrics),
+            "timeline": [dict(epoch) for epoch in self._timeline],
+            "cuts": [asdict(cut) for cut in self._cuts],
+            "spreads": [asdict(spread) for spread in self._spreads],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take plain data."""
         self._metrics = dict(state["metrics"])
         self._timeline = [dict(epoch) for epoch in state["timeline"]]
+        self._cuts = [Cut.of(cut) for cut in state.get("cuts", ())]  # older checkpoints have none
+        self._spreads = [Spread.of(spread) for spread in state.get("spreads", ())]
 
     def _dense(self, pl_module: LightningModule, module: str | None) -> LightningModule:
         """Give the dense network; without its weights, one of its structure."""
@@ -210,6 +256,8 @@ class FitReport:
             machine=describe_machine(trainer.strategy.root_device),
             config=self.config or config,
             timeline=self._timeline,
+            cuts=self._cuts,
+            spreads=self._spreads,
         )
 
     def _scores(
@@ -324,15 +372,3 @@ def _channels(dense: nn.Module, pruned: nn.Module) -> dict[str, tuple[int, int]]
                     getattr(layer, attribute),
                 )
     return widths
-
-
-def _show(trainer: Trainer, report: Report) -> None:
-    """Hand text and figure to TensorBoard."""
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text("prune/report", report.to_markdown(), trainer.global_step)
-            with suppress(ImportError):  # matplotlib is optional
-                if report.channels:
-                    logger.experiment.add_figure(
-                        "prune/channels", channels_figure(report.channels), trainer.global_step
-                    )

@@ -1,7 +1,4 @@
-"""Figures of a report. matplotlib is imported when a figure is drawn, never with the package.
-
-Dark on light, with the numbers beside the bars: readable in grey print and for eyes that see no colours.
-"""
+"""Channels per layer before and after, with the numbers beside the bars."""
 
 from __future__ import annotations
 
@@ -9,24 +6,26 @@ from collections.abc import Mapping, Sequence
 from math import ceil
 from typing import TYPE_CHECKING
 
+from lightning_prune.reporting.pictures.style import COLOURS, INK, LIGHT, WIDTH
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["channels_figure", "shorten"]
 
-BEFORE, AFTER, INK = "#d3d3d3", "#0072b2", "#222222"  # the blue of Okabe and Ito
+BEFORE, AFTER = LIGHT, COLOURS["blue"]
 ROWS_PER_COLUMN = 40
 MAX_COLUMNS = 3  # more would be too small on a printed page
 MAX_NAME = 34
 
 
-def channels_figure(channels: Mapping[str, tuple[int, int]], *, title: str = "Channels per layer") -> Figure:
+def channels_figure(channels: Mapping[str, tuple[int, int]], *, title: str = "") -> Figure:
     """Draw one bar per layer: what there was, and on it what is left.
 
     Args:
         channels: Layer -> (before, after), at least one, drawn from top to bottom.
-        title: Heading.
+        title: Heading; "" = none.
 
     Returns:
         A figure of its own, tied to no window; ``savefig`` writes it, ``add_figure`` of a logger takes it.
@@ -49,7 +48,9 @@ def channels_figure(channels: Mapping[str, tuple[int, int]], *, title: str = "Ch
     columns = min(MAX_COLUMNS, ceil(len(counts) / ROWS_PER_COLUMN))
     rows = ceil(len(counts) / columns)
     widest = max(max(pair) for pair in counts)
-    figure = Figure(figsize=(7.0 if columns == 1 else 4.4 * columns, 1.3 + 0.22 * rows), layout="constrained")
+    figure = Figure(
+        figsize=(WIDTH if columns == 1 else 4.4 * columns, 1.3 + 0.22 * rows), layout="constrained"
+    )
     grid = figure.subplots(1, columns, sharex=True, squeeze=False)[0]
     for column, axes in enumerate(grid):
         part = slice(column * rows, (column + 1) * rows)
@@ -58,7 +59,8 @@ def channels_figure(channels: Mapping[str, tuple[int, int]], *, title: str = "Ch
         axes.set_xlim(0, (1.2 if columns == 1 else 1.45) * widest)  # room for the numbers
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     handles, labels = grid[0].get_legend_handles_labels()
-    figure.suptitle(title, fontsize=11, color=INK)
+    if title:
+        figure.suptitle(title, fontsize=11, color=INK)
     figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
 

@@ -1,0 +1,40 @@
+"""A report on the console. rich is imported when it prints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning_prune.reporting.report import BEFORE_AFTER, Report
+from lightning_prune.reporting.sections import target_cells
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["print_report"]
+
+
+def print_report(report: Report, console: Console | None = None) -> None:
+    """Print table, targets and notes of a report.
+
+    Args:
+        report: What to print.
+        console: Where to; None = standard output.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = console or Console()
+    table = Table(title="Before and after pruning", box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    table.add_column("")
+    for name in BEFORE_AFTER[1:]:
+        table.add_column(name, justify="right")
+    for row in report.rows():
+        table.add_row(Text(row.label), Text(row.dense), Text(row.pruned, style="bold"), Text(row.change))
+    console.print(table)
+    for label, asked, reached in target_cells(report.targets):
+        console.print(Text(f"{label}: asked {asked}, reached {reached}"))
+    console.print(Text(f"dense: {report.dense_is}"))
+    for note in report.notes():
+        console.print(Text.assemble(("Note: ", "bold yellow"), note))

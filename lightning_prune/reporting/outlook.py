@@ -1,0 +1,199 @@
+"""What a prune will do, before it does it: one value, shown on the console or as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from lightning_prune.graph.explaining import Frozen
+from lightning_prune.reporting.sections import frozen_cells
+from lightning_prune.reporting.wording import percent
+from lightning_prune.selection.forecast import Forecast
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["GroupOutlook", "Outlook", "print_outlook", "with_progress"]
+
+PIPE_WIDTH = 160  # of lines that go to no terminal
+
+
+@dataclass(frozen=True)
+class GroupOutlook:
+    """One group.
+
+    Args:
+        name: Of the group.
+        kind: "channel", "head" or "head_dim".
+        isomorphism: Number of its isomorphism class, from 1.
+        units: Units before the first step.
+        left: Units after the last.
+        tensors: What it reaches into, as ``tensor:dim``.
+    """
+
+    name: str
+    kind: str
+    isomorphism: int
+    units: int
+    left: int
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """What a prune will do.
+
+    Args:
+        model: Name of its class.
+        inputs: What it was traced with, in words.
+        groups: Every group of units.
+        steps: What is left before the first step and after each.
+        epochs: Epoch that begins with each step, 0-based; one less than ``steps``.
+        budget: Name of the budget, share asked for, share reached; None without one.
+        frozen: What stays whatever is asked, and why.
+        unknown: Operations without a rule; what goes into them stays.
+    """
+
+    model: str
+    inputs: str
+    groups: tuple[GroupOutlook, ...]
+    steps: tuple[Forecast, ...]
+    epochs: tuple[int, ...]
+    budget: tuple[str, float, float] | None
+    frozen: tuple[Frozen, ...]
+    unknown: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give plain numbers, strings, lists and dicts."""
+        dense = self.steps[0]
+        return {
+            "model": self.model,
+            "inputs": self.inputs,
+            "groups": [asdict(group) | {"tensors": list(group.tensors)} for group in self.groups],
+            "steps": [
+                {
+                    "step": step.step,
+                    "epoch": None if number == 0 else self.epochs[number - 1],
+                    "units": sum(step.kept),
+                    "parameters": step.parameters,
+                    "parameters_left": step.parameters / max(dense.parameters, 1),
+                    "macs": step.macs,
+                    "macs_left": step.macs / max(dense.macs, 1),
+                    "notes": list(step.notes),
+                }
+                for number, step in enumerate(self.steps)
+            ],
+            "budget": None
+            if self.budget is None
+            else dict(zip(("what", "asked", "reached"), self.budget, strict=True)),
+            "frozen": [asdict(each) for each in self.frozen],
+            "unknown_operations": list(self.unknown),
+        }
+
+
+def print_outlook(outlook: Outlook, console: Console | None = None) -> None:
+    """Print an outlook.
+
+    Args:
+        outlook: What to print.
+        console: Where to; None = standard output.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    console = console or Console(width=None if Console().is_terminal else PIPE_WIDTH)
+    console.print(Text(f"{outlook.model}, traced with {outlook.inputs}\n"))
+    _print_table(
+        console,
+        "Groups: units that compete with each other; those of one class are alike",
+        ("units", "left", "kept", "class", "kind", "group"),
+        _group_cells(outlook.groups),
+        words=2,
+    )
+    _print_table(
+        console,
+        "What each step leaves; MACs of one forward of these inputs",
+        ("step", "epoch", "units", "parameters", "", "MACs", ""),
+        list(_step_cells(outlook)),
+        words=0,
+    )
+    if outlook.budget is not None:
+        what, asked, reached = outlook.budget
+        console.print(Text(f"Budget {what}: asked to keep {percent(asked)}, will keep {percent(reached)}.\n"))
+    _print_table(
+        console,
+        "What stays whatever is asked, and why",
+        ("reason", "where"),
+        [
+            *frozen_cells(outlook.frozen),
+            *((f"an operation without a rule: {op}", "its inputs") for op in outlook.unknown),
+        ],
+        words=2,
+    )
+    for note in dict.fromkeys(note for step in outlook.steps for note in step.notes):
+        console.print(Text.assemble(("Note: ", "bold yellow"), note))
+
+
+def with_progress(steps: Iterable[Forecast], total: int) -> Iterator[Forecast]:
+    """Pass steps on and show on the terminal how far it is; elsewhere show nothing.
+
+    Args:
+        steps: What takes its time.
+        total: How many there are.
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    yield from track(
+        steps, "planning", total=total, console=console, transient=True, disable=not console.is_terminal
+    )
+
+
+def _group_cells(groups: Sequence[GroupOutlook]) -> list[Sequence[str]]:
+    return [
+        (
+            f"{group.units:,}",
+            f"{group.left:,}",
+            f"{group.left / group.units:.0%}",
+            str(group.isomorphism),
+            group.kind.replace("_", " "),
+            group.name.split("/")[0],
+        )
+        for group in groups
+    ]
+
+
+def _step_cells(outlook: Outlook) -> Iterator[Sequence[str]]:
+    dense = outlook.steps[0]
+    for number, step in enumerate(outlook.steps):
+        yield (
+            str(step.step),
+            "" if number == 0 else str(outlook.epochs[number - 1]),
+            f"{sum(step.kept):,}",
+            f"{step.parameters:,}",
+            percent(step.parameters / max(dense.parameters, 1)),
+            f"{step.macs:,}",
+            percent(step.macs / max(dense.macs, 1)),
+        )
+
+
+def _print_table(
+    console: Console, title: str, head: Sequence[str], lines: Sequence[Sequence[str]], *, words: int
+) -> None:
+    """Print a table whose last columns are words, the others numbers."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    if not lines:
+        return
+    console.print(Text(title, style="bold"))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for place, name in enumerate(head):
+        justify = "left" if place >= len(head) - words else "right"
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for line in lines:
+        table.add_row(*map(Text, line))
+    console.print(table)
