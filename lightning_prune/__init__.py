@@ -1,6 +1,12 @@
 """Structured pruning that makes networks really smaller and faster while they train."""
 
-from lightning_prune.checkpoint import PrunableMixin, load_from_checkpoint, load_pruned_state, prepare
+from lightning_prune.checkpoint import (
+    PrunableMixin,
+    from_pretrained,
+    load_from_checkpoint,
+    load_pruned_state,
+    prepare,
+)
 from lightning_prune.errors import (
     BudgetError,
     CertificateError,
@@ -44,6 +50,7 @@ __all__ = [
     "TraceError",
     "UnsupportedOpError",
     "apply",
+    "from_pretrained",
     "load_from_checkpoint",
     "load_pruned_state",
     "prepare",

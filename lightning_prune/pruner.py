@@ -38,6 +38,7 @@ from lightning_prune.selection.requests import (
 from lightning_prune.selection.schedules import resolve
 from lightning_prune.surgery.applying import Snapshot, apply
 from lightning_prune.surgery.optimizers import Carrier
+from lightning_prune.surgery.structure import note, plan_of
 
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
@@ -193,7 +194,7 @@ class GroupNormPruner:
                 "or load weights first."
             )
         if plan:
-            before = self._analysis
+            before, kept = self._analysis, (plan_of(self.model) or self.plan).then(plan)
             carrier = Carrier.of(optimizers, self.model, plan)
             snapshot = Snapshot.of(self.model, plan)
             apply(self.model, plan)
@@ -207,6 +208,7 @@ class GroupNormPruner:
             self.collector.follow(plan)
             self._forget_heads(before, plan)
             self.plan = self.plan.then(plan)
+            note(self.model, kept)
             self._adopt(after)
         self.current_step += 1
         self._regularizer = None

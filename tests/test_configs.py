@@ -159,6 +159,26 @@ def test_two_of_three_decide() -> None:
     assert "it says [7, 8] for parts.2.up.weight, [12, 8] is kept" in note
 
 
+def test_a_config_that_refuses_the_new_sizes_is_left() -> None:
+    """What its own check does not let pass could not be saved."""
+
+    @dataclass
+    class Even(Sizes):
+        def validate(self) -> None:
+            if self.inner % 4:
+                raise ValueError("inner is no multiple of four")
+
+    model = stack(Even())
+    pruner = GroupNormPruner(model, X)
+    pruner.step()
+    assert model.parts[0].up.out_features == 6
+    assert model.config == Even()
+    assert "config is left as it was" in pruner.notes[-1]
+    model = stack(Even(inner=16))
+    prune(model, X)
+    assert model.config == Even(width=4, inner=8)
+
+
 @dataclass
 class Lists:
     """Widths in a list, and a config inside the config."""

@@ -68,7 +68,7 @@ def config_rewrites(
             continue
         solved = _Solved.of(module, config, prefix, here, after, used)
         if solved is None:
-            notes.append(f"{prefix}config is left as it was: no model can be built from it alone; {LOAD}")
+            notes.append(f"{prefix}config is left as it was: it allows no model of the kept sizes; {LOAD}")
             continue
         told |= {id(one) for _, one in config_objects(config)}
         if solved.differences:
@@ -129,7 +129,7 @@ class _Solved:
             _solve(fixed, values)
             _solve(trusted, values, {expr[1] for expr, _ in fixed}, origins.blurred)
             changed = {path: values[i] for i, path in enumerate(before) if values[i] != before[path]}
-            rebuilt = built(module, with_integers(config, changed))
+            rebuilt = built(module, _valid(with_integers(config, changed)))
             differences = {} if rebuilt is None else _differences(_shapes(rebuilt), shapes)
             if rebuilt is not None and not differences:
                 break
@@ -234,6 +234,17 @@ def _other_sizes(
             if get_path(other[name], path) != now:
                 return True
     return False
+
+
+def _valid(config: Any) -> Any:
+    """A config that can check itself has to pass, or it could not be saved; None if it does not."""
+    check = getattr(config, "validate", None)
+    if callable(check):
+        try:
+            check()
+        except Exception:  # of any kind: it is the config's own opinion
+            return None
+    return config
 
 
 def _no_axis(axis: int) -> int:

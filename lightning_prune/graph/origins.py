@@ -68,7 +68,9 @@ def with_integers(config: Any, values: Mapping[str, int]) -> Any:
 
 
 def built(module: nn.Module, config: Any, watching: Any = None) -> nn.Module | None:
-    """The module built from a config, on the meta device; None where its class cannot be built like that."""
+    """The module built from a config, on the meta device; None where there is none, or no way to do so."""
+    if config is None:
+        return None
     with suppress(Exception), torch.device("meta"), torch.random.fork_rng(devices=[]):
         with watching or nullcontext():
             twin = type(module)(config)

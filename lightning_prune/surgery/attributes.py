@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from lightning_prune.errors import PlanError
 from lightning_prune.plan import Plan, Rewrite, Scalar
 
-__all__ = ["config_objects", "cosmetic_rewrites", "get_path", "remember", "set_path"]
+__all__ = ["config_objects", "cosmetic_rewrites", "get_path", "remember", "set_path", "split_path"]
 
 Token: TypeAlias = tuple[str, Any]  # ("attr", name) or ("item", key)
 _PART = re.compile(r"\.?(?P<name>[^\W\d]\w*)|\[(?P<index>-?\d+)\]|\[(?P<quote>['\"])(?P<key>.*?)(?P=quote)\]")
@@ -82,6 +82,15 @@ def remember(root: object, path: str) -> Callable[[], None]:
             delattr(holder, name)  # it came from the class, and does so again
 
     return undo
+
+
+def split_path(path: str) -> list[str | int]:
+    """Give the attributes, items and keys of a path.
+
+    >>> split_path("config.sizes[1]")
+    ['config', 'sizes', 1]
+    """
+    return [key for _, key in _parse(path)]
 
 
 def config_objects(config: object, path: str = "") -> Iterator[tuple[str, Any]]:

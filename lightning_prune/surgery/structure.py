@@ -18,6 +18,7 @@ from lightning_prune.plan import Cut, Plan, Rewrite, Scalar
 from lightning_prune.surgery.applying import apply
 from lightning_prune.surgery.attributes import get_path, set_path
 from lightning_prune.surgery.cutting import cut_tensor, set_tensor_data
+from lightning_prune.surgery.manifests import tell_configs
 from lightning_prune.surgery.patches import remove_patches
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "is_noted",
     "note",
     "plan_of",
+    "shape_stored",
+    "shape_the_rest",
     "take_on",
     "trust_shapes",
 ]
@@ -52,8 +55,12 @@ def is_noted(module: nn.Module) -> bool:
 
 
 def note(module: nn.Module, plan: Plan) -> None:
-    """Note what has been kept of ``module`` so far; names in the plan are relative to it."""
+    """Note what has been kept of ``module`` so far; names in the plan are relative to it.
+
+    The note is written into the configs that are saved with the model, too.
+    """
     setattr(module, _PLAN, plan)
+    tell_configs(module, plan)
 
 
 def trust_shapes(module: nn.Module) -> None:
@@ -110,6 +117,40 @@ def take_on(
         else:
             confirm(module)
     return [module for _, module, _, _ in chosen]
+
+
+def shape_stored(module: nn.Module, plan: Plan) -> None:
+    """Give the tensors that a state dict holds the shapes that ``plan`` leaves; no value is there yet.
+
+    Between this and ``shape_the_rest`` a loader fills them, and makes anew what no file holds.
+
+    Raises:
+        CheckpointMismatchError: If the plan does not fit; names the first difference.
+    """
+    _check_fits(module, "", plan, {})
+    _shapes_after(plan, "")
+    stored, cuts = module.state_dict(keep_vars=True), plan.by_tensor()
+    for name, tensor in _tensors(module).items():
+        if name in cuts and name in stored:
+            set_tensor_data(tensor, cut_tensor(tensor, cuts[name]))
+
+
+def shape_the_rest(module: nn.Module, plan: Plan) -> None:
+    """Cut what no state dict holds, set the attributes, install the patches, and note the plan.
+
+    Raises:
+        CheckpointMismatchError: If it cannot be done.
+    """
+    stored = module.state_dict(keep_vars=True)
+    cuts = tuple(c for c in plan.cuts if c.tensor not in stored)
+    sizes = tuple((name, shape) for name, shape in plan.sizes if name not in stored)
+    try:
+        apply(module, Plan(cuts, plan.rewrites, plan.patches, sizes))
+    except PlanError as error:
+        raise CheckpointMismatchError(
+            f"the checkpoint's manifest cannot be applied: {error}; nothing was loaded"
+        ) from error
+    note(module, plan)
 
 
 def _check_all(root: nn.Module, chosen: list[_Choice], shapes: Shapes) -> None:
