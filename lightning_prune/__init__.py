@@ -2,7 +2,6 @@
 
 from lightning_prune.checkpoint import (
     PrunableMixin,
-    from_pretrained,
     load_from_checkpoint,
     load_pruned_state,
     prepare,
@@ -22,6 +21,7 @@ from lightning_prune.errors import (
 )
 from lightning_prune.options import PruningOptions
 from lightning_prune.plan import Plan
+from lightning_prune.pretrained import from_pretrained
 from lightning_prune.pruner import GroupNormPruner
 from lightning_prune.surgery.applying import apply
 from lightning_prune.training.callback import StructuredPruning

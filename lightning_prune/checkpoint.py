@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_prune.errors import CheckpointMismatchError, PlanError
 from lightning_prune.plan import Plan
 from lightning_prune.surgery.cutting import set_tensor_data
-from lightning_prune.surgery.manifests import KEY, dense_config, unpack
+from lightning_prune.surgery.manifests import KEY
 from lightning_prune.surgery.structure import (
     ADVICE,
     Shapes,
@@ -24,8 +24,6 @@ from lightning_prune.surgery.structure import (
     is_noted,
     note,
     plan_of,
-    shape_stored,
-    shape_the_rest,
     take_on,
 )
 
@@ -35,7 +33,6 @@ __all__ = [
     "adopt",
     "adopt_checkpoint",
     "fit_to_checkpoint",
-    "from_pretrained",
     "is_prepared",
     "load_from_checkpoint",
     "load_pruned_state",
@@ -182,96 +179,6 @@ def load_from_checkpoint(cls: type[Any], path: Any, **kwargs: Any) -> Any:
     model = loader.load_from_checkpoint(path, **kwargs)  # type: ignore[attr-defined]
     model.__class__ = cls
     return model
-
-
-def from_pretrained(cls: type[ModuleT], path: Any, **kwargs: Any) -> ModuleT:
-    """Do ``cls.from_pretrained(path, **kwargs)`` for a pruned Hugging Face model.
-
-    ``model.save_pretrained(path)`` is all that has to be done before: what was kept stands in ``config.json``.
-
-    Args:
-        cls: The class of the model itself, not an ``Auto`` class.
-        path: Directory or name that ``cls.from_pretrained`` takes.
-        **kwargs: Handed on, but for ``config``, which is read from the files.
-
-    Returns:
-        The model as it was saved: structure, weights, buffers that no file holds, replaced computations.
-
-    Raises:
-        CheckpointMismatchError: If the files do not hold a pruned model, are damaged, or do not fit ``cls``;
-            names the first difference.
-    """
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module) and hasattr(cls, "config_class")):
-        raise CheckpointMismatchError(
-            f"from_pretrained was given {getattr(cls, '__name__', cls)}, which builds no model from a config; "
-            "pass the class of the model itself, such as LlamaForCausalLM"
-        )
-    config, plan = _pretrained_structure(cls, path, kwargs)
-
-    def __init__(self: Any, *args: Any, **inner: Any) -> None:
-        cls.__init__(self, *args, **inner)
-        shape_stored(self, plan)
-
-    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    loader: Any = type(cls.__name__, (cls,), {**names, "__init__": __init__})
-    asked = {**kwargs, "config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    try:
-        model, info = loader.from_pretrained(path, **asked)
-    except CheckpointMismatchError:
-        raise
-    except Exception as error:  # of many kinds: a file that is absent, cut short or of another format
-        raise CheckpointMismatchError(
-            f"{path} cannot be read: {type(error).__name__}: {error}. Nothing was loaded"
-        ) from error
-    _check_loaded(path, info)
-    model.__class__ = cls
-    shape_the_rest(model, plan)
-    loaded: ModuleT = prepare(model)
-    return loaded
-
-
-def _pretrained_structure(cls: Any, path: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Plan]:
-    """Config as it was before the cut, and what was kept."""
-    if "config" in kwargs:
-        raise CheckpointMismatchError(
-            "from_pretrained takes no config: it is read from the files, with the plan"
-        )
-    try:
-        data, _ = cls.config_class.get_config_dict(path, **kwargs)
-        if not data:
-            raise FileNotFoundError("there is no config.json")
-    except Exception as error:  # as above
-        raise CheckpointMismatchError(
-            f"the config of {path} cannot be read: {type(error).__name__}: {error}. Nothing was loaded"
-        ) from error
-    if KEY not in data:
-        raise CheckpointMismatchError(
-            f"the config of {path} names no plan; for a model that was never pruned call "
-            f"{cls.__name__}.from_pretrained, else call record(model, plan) before model.save_pretrained"
-        )
-    try:
-        plan = unpack(data[KEY])
-        return cls.config_class.from_dict(dense_config(data, plan)), plan
-    except Exception as error:  # whatever a wrong entry leads to
-        raise CheckpointMismatchError(
-            f"the plan in the config of {path} cannot be read: {type(error).__name__}: {error}. "
-            "Nothing was loaded"
-        ) from error
-
-
-def _check_loaded(path: Any, info: Mapping[str, Any]) -> None:
-    """What the files hold is what the model has, all of it."""
-    for key, held, own in sorted(info["mismatched_keys"]):
-        raise CheckpointMismatchError(
-            f"{path} holds {key} of shape {list(held)}, this model would have {list(own)}; {ADVICE}. "
-            "Nothing was loaded"
-        )
-    for name, what in (
-        ("missing_keys", "is missing from"),
-        ("unexpected_keys", "is of no use to the model in"),
-    ):
-        for key in sorted(info[name]):
-            raise CheckpointMismatchError(f"{key!r} {what} {path}; {ADVICE}. Nothing was loaded")
 
 
 def fit_to_checkpoint(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:

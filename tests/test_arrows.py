@@ -20,6 +20,7 @@ RANKS = (
     {"graph"},
     {"scores", "selection", "measuring"},
     {"pruner", "checkpoint", "metrics", "reporting"},
+    {"pretrained"},
     {"models", "data"},  # of the demo
     {"training"},
     {"commands"},

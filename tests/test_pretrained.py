@@ -1,4 +1,4 @@
-"""Pruned Hugging Face models on disk: saved by their own ``save_pretrained``, loaded bit for bit, or refused."""
+"""Pruned Hugging Face models on disk: saved by themselves, loaded bit for bit, or refused."""
 
 from __future__ import annotations
 
@@ -221,7 +221,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "the weights are gone": (lambda p: (p / WEIGHTS).unlink(), "cannot be read"),
     "the config is gone": (lambda p: (p / "config.json").unlink(), "config of .* cannot be read"),
-    "the config is no JSON": (lambda p: (p / "config.json").write_text("{") and None, "config of .* cannot be read"),
+    "the config is no JSON": (
+        lambda p: (p / "config.json").write_text("{") and None,
+        "config of .* cannot be read",
+    ),
     "the config was edited": (
         lambda p: edited(p, lambda c: c.update(hidden_size=12)),
         r"config\.json says 12 for config\.hidden_size, it was left with 8",

@@ -23,7 +23,7 @@ from lightning_prune.tracing.integers import Expr, evaluate, invert, mentions
 
 Relation = tuple[Expr, int]
 Values = Mapping[tuple[str, str], int]
-LOAD = "load the model through lightning_prune.checkpoint, not from the config alone"
+LOAD = "load the model by lightning_prune.from_pretrained or load_pruned_state, not from the config alone"
 
 
 def owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:

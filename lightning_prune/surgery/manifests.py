@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -46,7 +47,7 @@ def unpack(data: Any) -> Plan:
 
 
 def tell_configs(module: nn.Module, plan: Plan) -> None:
-    """Write ``plan`` into every config below ``module`` that is saved with its model, as far as it concerns it.
+    """Write its part of ``plan`` into every config below ``module`` that is saved with its model.
 
     Args:
         module: What the plan's names are relative to.
@@ -129,7 +130,7 @@ def _inner(module: str, name: str) -> str:
 
 def _bits(cut: Cut) -> str | list[int]:
     flat = [row * cut.size + i for row, keep in enumerate(cut.by_row()) for i in keep]
-    if any(b <= a for a, b in zip(flat, flat[1:], strict=False)):
+    if any(b <= a for a, b in pairwise(flat)):
         return list(cut.keep)  # not in order: bits would lose it
     mask = bytearray((flat[-1] if flat else 0) // 8 + 1)
     for i in flat:
