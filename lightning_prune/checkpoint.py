@@ -43,6 +43,7 @@ __all__ = [
 
 _READY = "_lightning_prune_ready"
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+T = TypeVar("T")
 
 
 def prepare(model: ModuleT) -> ModuleT:
@@ -127,7 +128,8 @@ def load_pruned_state(
         raise CheckpointMismatchError(
             f"a state dict was expected, got {type(tensors).__name__}; pass what torch.load gave"
         )
-    plans = _read(tensors, prefix[:-1]) or _read_entry(state.get(KEY, {}), prefix)
+    written = _read(tensors, "") or _read_entry(state.get(KEY, {}))
+    plans = _below(written, prefix[:-1]) or _from_above(written, prefix[:-1])
     wanted = {"": plan} if plan is not None else {**_present(model), **plans}
     own = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
     _check_values(own)
@@ -189,7 +191,7 @@ def fit_to_checkpoint(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """
     prepare(model)
     tensors = checkpoint.get("state_dict", {})
-    plans = _read(tensors, "") or _read_entry(checkpoint.get(KEY, {}), "")
+    plans = _read(tensors, "") or _read_entry(checkpoint.get(KEY, {}))
     _adopt(model, {**_present(model), **plans}, _shapes_below(tensors, ""))
 
 
@@ -218,7 +220,7 @@ def adopt_checkpoint(root: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     Raises:
         CheckpointMismatchError: If a plan does not fit, or if shapes were taken on that no plan explains.
     """
-    for path, plan in _read_entry(checkpoint.get(KEY, {}), "").items():
+    for path, plan in _read_entry(checkpoint.get(KEY, {})).items():
         adopt(root.get_submodule(path), plan)
     guessed = [name for name, module in root.named_modules() if is_guess(module)]
     if guessed:
@@ -259,24 +261,36 @@ def _read(
     """Read the manifests at and below ``root``; names become relative to it."""
     metadata = getattr(state_dict, "_metadata", None)
     metadata = metadata if isinstance(metadata, Mapping) else (local or {})
-    below = f"{root}." if root else ""
-    found = {
-        path[len(below) :]: entry[KEY]
-        for path, entry in metadata.items()
-        if isinstance(entry, Mapping) and KEY in entry and (path == root or path.startswith(below))
-    }
-    return {path: _plan_from(data, path) for path, data in found.items()}
+    found = {p: entry[KEY] for p, entry in metadata.items() if isinstance(entry, Mapping) and KEY in entry}
+    return {path: _plan_from(data, path) for path, data in _below(found, root).items()}
 
 
-def _read_entry(entry: Any, prefix: str) -> dict[str, Plan]:
+def _read_entry(entry: Any) -> dict[str, Plan]:
     """Read what the callback wrote into the checkpoint itself."""
     if not isinstance(entry, Mapping):
         raise CheckpointMismatchError(
             f"the checkpoint's {KEY!r} entry is a {type(entry).__name__}, no table of plans"
         )
-    root = prefix[:-1]
-    inside = {path: data for path, data in entry.items() if path == root or str(path).startswith(prefix)}
-    return {str(path)[len(prefix) :]: _plan_from(data, str(path)) for path, data in inside.items()}
+    return {str(path): _plan_from(data, str(path)) for path, data in entry.items()}
+
+
+def _below(found: Mapping[str, T], root: str) -> dict[str, T]:
+    """Choose what is said of ``root`` and the modules in it; names become relative to it."""
+    inside = f"{root}." if root else ""
+    return {
+        str(path)[len(inside) :]: value
+        for path, value in found.items()
+        if path == root or str(path).startswith(inside)
+    }
+
+
+def _from_above(plans: Mapping[str, Plan], root: str) -> dict[str, Plan]:
+    """Choose what the plan of the nearest module around ``root`` says of it."""
+    around = [path for path in plans if not path or root.startswith(f"{path}.")]
+    if not around:
+        return {}
+    nearest = max(around, key=len)
+    return {"": plans[nearest].below(root[len(nearest) + 1 :] if nearest else root)}
 
 
 def _plan_from(data: Any, path: str) -> Plan:
@@ -311,6 +325,11 @@ def _check_values(state: Mapping[str, Any]) -> None:
         raise CheckpointMismatchError(
             f"{wrong[0]!r} in the state dict is a {type(state[wrong[0]]).__name__}, no tensor; "
             "nothing was loaded"
+        )
+    empty = [key for key, value in state.items() if isinstance(value, Tensor) and value.is_meta]
+    if empty:
+        raise CheckpointMismatchError(
+            f"{empty[0]!r} in the state dict has no values (it lies on the meta device); nothing was loaded"
         )
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from operator import index
 from typing import Any, TypeAlias
 
 from lightning_prune.errors import PlanError
@@ -142,6 +143,30 @@ class Plan:
             sizes=tuple(sorted({**dict(later.sizes), **dict(self.sizes)}.items())),
         )
 
+    def below(self, module: str) -> Plan:
+        """Give what the plan says of a submodule, with names relative to it.
+
+        Args:
+            module: Name as in ``named_modules()``; "" is the whole.
+
+        >>> Plan(cuts=(Cut("net.fc.bias", 0, 3, (0,)), Cut("fc.bias", 0, 2, (0,)))).below("net").cuts
+        (Cut(tensor='fc.bias', dim=0, size=3, keep=(0,), rows=1),)
+        """
+        inside = f"{module}." if module else ""
+
+        def is_inside(name: str) -> bool:
+            return name == module or name.startswith(inside)
+
+        def local(name: str) -> str:
+            return name[len(inside) :]
+
+        return Plan(
+            cuts=tuple(replace(c, tensor=local(c.tensor)) for c in self.cuts if is_inside(c.tensor)),
+            rewrites=tuple(replace(r, module=local(r.module)) for r in self.rewrites if is_inside(r.module)),
+            patches=tuple(replace(p, module=local(p.module)) for p in self.patches if is_inside(p.module)),
+            sizes=tuple((local(name), shape) for name, shape in self.sizes if is_inside(name)),
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Give the plan as plain lists, numbers and strings, for JSON and ``weights_only`` checkpoints."""
         return {
@@ -163,7 +188,9 @@ class Plan:
             if data["format"] != FORMAT:
                 raise PlanError(f"the plan has format {data['format']!r}, this version reads {FORMAT}")
             return Plan(
-                cuts=tuple(Cut(str(t), int(d), int(s), _ints(k), int(r)) for t, d, s, k, r in data["cuts"]),
+                cuts=tuple(
+                    Cut(str(t), index(d), index(s), _ints(k), index(r)) for t, d, s, k, r in data["cuts"]
+                ),
                 rewrites=tuple(
                     Rewrite(str(m), str(p), _scalar(b), _scalar(a)) for m, p, b, a in data["rewrites"]
                 ),
@@ -180,7 +207,7 @@ class Plan:
 
 
 def _ints(values: Iterable[Any]) -> tuple[int, ...]:
-    return tuple(int(v) for v in values)
+    return tuple(index(v) for v in values)  # 1.5 is a damage, no place
 
 
 def _scalar(value: Any) -> Scalar:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
+import math
 import pickle
 
 import pytest
@@ -86,14 +88,18 @@ def through_a_file(state):
 
 
 def bits(model):
-    return {name: (tensor.shape, tensor.clone()) for name, tensor in model.state_dict().items()}
+    """All that a load could touch: tensors, gradients, classes, attributes, the plan."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    values = {n: (id(t), t.shape, t.detach().numpy().tobytes(), id(t.grad)) for n, t in tensors.items()}
+    inner = ("_parameters", "_buffers", "_modules")
+    for name, module in model.named_modules():
+        own = {k: repr(v) for k, v in vars(module).items() if k not in inner and "hooks" not in k}
+        values[f"module {name}"] = (type(module), own)
+    return values
 
 
 def same(model, before):
-    now = bits(model)
-    return now.keys() == before.keys() and all(
-        now[k][0] == before[k][0] and torch.equal(now[k][1], before[k][1]) for k in now
-    )
+    return bits(model) == before
 
 
 @pytest.mark.parametrize("cls", [Net, Outer])
@@ -213,6 +219,49 @@ def test_a_plain_dict_loads_with_its_plan_or_the_entry_of_its_checkpoint():
     assert torch.equal(two(X), model(X))
 
 
+@pytest.mark.parametrize("strip", [False, True], ids=["metadata", "entry"])
+def test_the_prefix_reaches_into_a_module_that_was_pruned_as_a_whole(strip):
+    """The plan then lies above the prefix."""
+    whole = Plan(
+        tuple(dataclasses.replace(c, tensor=f"net.{c.tensor}") for c in PLAN.cuts),
+        tuple(dataclasses.replace(r, module=f"net.{r.module}") for r in PLAN.rewrites),
+        sizes=tuple((f"net.{name}", shape) for name, shape in PLAN.sizes),
+    )
+    model, net = fresh(Outer, seed=0), fresh()
+    apply(model, whole)
+    record(model, whole)
+    state = through_a_file(model.state_dict())
+    if strip:
+        state = {"state_dict": dict(state), "lightning_prune": manifests(model)}
+    load_pruned_state(net, state, prefix="net.")
+    assert torch.equal(net(X), model.net(X))
+    assert plan_of(net) == PLAN
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = Net(), Net()
+
+    def forward(self, x):
+        return self.one(x) + self.two(x)
+
+
+@pytest.mark.parametrize("how", ["function", "hook"])
+def test_one_of_two_manifests_that_cannot_be_applied_leaves_both_networks_alone(how):
+    model, source = prepare(fresh(Twice)), fresh(Twice, seed=0)
+    for net in (source.one, source.two):
+        apply(net, PLAN)
+        record(net, PLAN)
+    state = through_a_file(source.state_dict())
+    state._metadata["two"]["lightning_prune"]["patches"].append(["conv", "eval", []])
+    model(X).sum().backward()
+    before = bits(model)
+    with pytest.raises(CheckpointMismatchError, match="unknown kind of patch 'eval'"):
+        load_pruned_state(model, state) if how == "function" else model.load_state_dict(state)
+    assert same(model, before)
+
+
 def test_channels_last_stays():
     model = nn.Sequential(nn.Conv2d(4, 4, 3)).to(memory_format=torch.channels_last)
     cuts = Cut("0.weight", 0, 4, (0, 2)), Cut("0.bias", 0, 4, (0, 2))
@@ -247,6 +296,7 @@ DAMAGES = {
     "index twice": (with_item("cuts", 3, [1, 1]), "distinct"),
     "nothing kept": (with_item("cuts", 3, []), "0 kept indices"),
     "endless rows": (lambda d: d["cuts"].__setitem__(0, ["bn.bias", 0, 4, [], 10**15]), "rows"),
+    "half an index": (with_item("cuts", 3, [3, 1.5]), "cannot be read"),
     "infinite": (with_item("cuts", 2, float("inf")), "cannot be read"),
     "huge size": (
         with_item("sizes", 1, [10**12]),
@@ -261,6 +311,10 @@ DAMAGES = {
         r"leaves net.bn.bias with shape \[1\], the state dict holds \[2\]",
     ),
     "unknown attribute": (with_item("rewrites", 1, "out_chanels"), "which this model has not"),
+    "way to a global": (
+        lambda d: d["rewrites"].append(["conv", "__init__.__globals__['math'].pi", math.pi, 3.0]),
+        "which this model has not",
+    ),
     "unknown module": (with_item("rewrites", 0, "convolution"), "which this model has not"),
     "other value": (with_item("rewrites", 2, 5), "out_channels=5, this model has 4"),
     "unknown patch": (lambda d: d["patches"].append(["conv", "eval", []]), "patch"),
@@ -272,13 +326,16 @@ DAMAGES = {
 @pytest.mark.parametrize("start", [fresh, pruned])
 def test_a_damaged_manifest_is_refused_and_touches_nothing(change, match, how, start):
     model = prepare(start(Outer))
-    before, output = bits(model), model(X)
+    output = model(X)
+    output.sum().backward()
+    before = bits(model)
     with pytest.raises(CheckpointMismatchError, match=match):
         load_pruned_state(model, edited(change)) if how == "function" else model.load_state_dict(
             edited(change)
         )
     assert same(model, before)
     assert torch.equal(model(X), output)
+    assert all(p.grad is not None for p in model.parameters())
 
 
 @pytest.mark.parametrize(

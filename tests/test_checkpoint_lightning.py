@@ -1,4 +1,4 @@
-"""Checkpoints of a pruned fit: resuming to the same bits, loading anywhere, averaged copies, best epochs."""
+"""Checkpoints of a pruned fit: resuming to the same bits, loading anywhere, averaged copies."""
 
 from __future__ import annotations
 
@@ -6,19 +6,14 @@ import hashlib
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import (
-    EarlyStopping,
-    EMAWeightAveraging,
-    ModelCheckpoint,
-    StochasticWeightAveraging,
-)
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from test_callback import CHANNELS, Plain, Quiet, build, data, fit, pytestmark  # noqa: F401 - same filters
 from torch import nn
 
-from lightning_prune.checkpoint import PrunableMixin, load_from_checkpoint, load_pruned_state
+from lightning_prune.checkpoint import PrunableMixin, load_from_checkpoint, load_pruned_state, prepare
 from lightning_prune.errors import CheckpointMismatchError
-from lightning_prune.training.checkpointing import PrunedEarlyStopping, PrunedModelCheckpoint
+from lightning_prune.training.checkpointing import PrunedModelCheckpoint
 
 
 class Cosine(Plain):
@@ -29,6 +24,10 @@ class Cosine(Plain):
 
     def test_step(self, batch, batch_idx):
         self.log("test_acc", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+
+class Images(LightningDataModule):
+    train_dataloader = val_dataloader = lambda self: data()
 
 
 class Mixed(PrunableMixin, Cosine):
@@ -146,11 +145,27 @@ def test_averaged_copies_follow_and_resume(tmp_path, kind, ours_first):
     cls = Cosine if kind == "ema" else Plain
     whole = fit(build(cls), *callbacks(), every_epoch(tmp_path), max_epochs=5, enable_checkpointing=True)
     assert whole.lightning_module.net.conv.weight.shape[0] == CHANNELS // 2
-    for epoch in (0, 1, 2) if kind == "swa" else range(4):
+    for epoch in range(4):
         resumed = fit(build(cls), *callbacks(), ckpt_path=tmp_path / f"epoch={epoch}.ckpt", max_epochs=5)
         assert digest(resumed) == digest(whole), f"from epoch {epoch}"
         for one, two in zip(averaged(resumed), averaged(whole), strict=True):
             assert all(torch.equal(one[name], two[name]) for name in two)
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_averaged_copies_resume_in_the_middle_of_an_epoch(tmp_path, ours_first):
+    def callbacks():
+        both = [pruning(update_every=3), EMAWeightAveraging(decay=0.5)]
+        return both if ours_first else both[::-1]
+
+    steps = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+    whole = fit(build(Cosine), *callbacks(), steps, max_epochs=3, loader=Slow(), enable_checkpointing=True)
+    for step in (2, 5, 7, 9):
+        path = tmp_path / f"step={step}.ckpt"
+        resumed = fit(build(Cosine), *callbacks(), ckpt_path=path, max_epochs=3, loader=Slow())
+        assert digest(resumed) == digest(whole), f"from step {step}"
+        (one,), (two,) = averaged(resumed), averaged(whole)
+        assert all(torch.equal(one[name], two[name]) for name in two)
 
 
 def test_an_averaged_checkpoint_loads_everywhere(tmp_path):
@@ -194,17 +209,19 @@ def test_a_checkpoint_loads_by_class_by_mixin_and_by_hand(tmp_path, weights_only
     by_hand = build(Cosine)
     load_pruned_state(by_hand, torch.load(path, weights_only=True))
     inner = build(Cosine).net
-    load_pruned_state(inner, torch.load(path, weights_only=True), prefix="net.") if module else None
+    load_pruned_state(inner, torch.load(path, weights_only=True), prefix="net.")
+    prepared = prepare(build(Cosine))
+    prepared.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
     for model in (
         load_from_checkpoint(Cosine, path, optimizer="adamw"),
         Mixed.load_from_checkpoint(path),
         by_hand,
+        prepared,
     ):
         assert torch.equal(model.eval()(x), expected)
         assert model.net.conv.out_channels == CHANNELS // 2
     assert type(load_from_checkpoint(Cosine, path)) is Cosine
-    if module:
-        assert torch.equal(inner.eval()(x), expected)
+    assert torch.equal(inner.eval()(x), expected)
 
 
 def test_a_class_keeps_its_own_word_in_loading(tmp_path):
@@ -226,6 +243,53 @@ def test_best_and_last_load_into_the_pruned_model_dense_ones_included(tmp_path):
     assert model.net.conv.out_channels == CHANNELS
     trainer.test(model, data(), ckpt_path=tmp_path / "epoch=1.ckpt", verbose=False)
     assert model.net.conv.out_channels == 7  # a third of one half of 8, rounded
+
+
+class Judged(Cosine):
+    """Answers in every loop; later epochs are better."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_acc", float(self.trainer.current_epoch))
+
+    def predict_step(self, batch, batch_idx):
+        return self(batch[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*multiple `ModelCheckpoint` callbacks")
+@pytest.mark.parametrize("loop", ["validate", "test", "predict"])
+@pytest.mark.parametrize("kind", ["best", "last", "path"])
+def test_every_loop_takes_a_checkpoint_of_another_structure(tmp_path, loop, kind):
+    """The best epoch is the last one, the file by its path is of an epoch before the cuts."""
+    saver = PrunedModelCheckpoint(
+        dirpath=tmp_path, filename="{epoch}", monitor="val_acc", mode="max", save_last=True
+    )
+    plain = every_epoch(tmp_path / "all")
+    fitted = fit(
+        build(Judged),
+        pruning(),
+        saver,
+        plain,
+        loader=Images(),
+        max_epochs=5,
+        enable_checkpointing=True,
+        num_sanity_val_steps=0,
+    )
+    expected = {k: v.clone() for k, v in fitted.lightning_module.state_dict().items()}
+    path = {"best": saver.best_model_path, "last": saver.last_model_path}.get(
+        kind, tmp_path / "all" / "epoch=0.ckpt"
+    )
+    model = fitted.lightning_module
+    if kind == "path":
+        getattr(fitted, loop)(model, data(), ckpt_path=path)
+        assert model.net.conv.out_channels == CHANNELS
+        return
+    load_pruned_state(model, torch.load(tmp_path / "all" / "epoch=1.ckpt", weights_only=True))
+    assert model.net.conv.out_channels == 7
+    getattr(fitted, loop)(model, data(), ckpt_path=kind)
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    other = build(Judged)
+    getattr(quiet_trainer(pruning()), loop)(other, data(), ckpt_path=path)
+    assert all(torch.equal(value, expected[key]) for key, value in other.state_dict().items())
 
 
 def test_a_prune_in_the_last_epoch_is_in_the_last_checkpoint(tmp_path):
@@ -271,69 +335,6 @@ def test_a_smaller_checkpoint_that_no_plan_explains_is_refused(tmp_path):
     fit(build(Thin), every_epoch(tmp_path), max_epochs=1, enable_checkpointing=True)
     with pytest.raises(CheckpointMismatchError, match="no plan that explains them"):
         fit(build(Cosine), pruning(), ckpt_path=tmp_path / "epoch=0.ckpt")
-
-
-class Scripted(Plain):
-    """Validation accuracy by epoch, as written here: highest before the cut."""
-
-    scores = (0.9, 0.95, 0.6, 0.7, 0.65, 0.6)
-
-    def validation_step(self, batch, batch_idx):
-        if not self.trainer.sanity_checking:
-            self.log("val_acc", torch.tensor(self.scores[self.trainer.current_epoch]))
-
-    def val_dataloader(self):
-        return data()
-
-
-def test_the_best_pruned_epoch_is_kept(tmp_path):
-    saver = PrunedModelCheckpoint(dirpath=tmp_path, filename="{epoch}", monitor="val_acc", mode="max")
-    fit(build(Scripted), Quiet(0.5, start_epoch=2), saver, max_epochs=6, enable_checkpointing=True)
-    assert saver.best_model_path.endswith("epoch=3.ckpt")
-    assert [p.name for p in tmp_path.iterdir()] == ["epoch=3.ckpt"]
-
-
-def test_a_step_right_after_the_cut_is_not_judged_by_the_epoch_before(tmp_path):
-    saver = PrunedModelCheckpoint(
-        dirpath=tmp_path, filename="{step}", monitor="val_acc", mode="max", every_n_train_steps=1
-    )
-    fit(build(Scripted), Quiet(0.5, start_epoch=2), saver, max_epochs=6, enable_checkpointing=True)
-    assert saver.best_model_score == pytest.approx(0.7)
-
-
-def test_the_best_of_every_level_is_kept(tmp_path):
-    saver = PrunedModelCheckpoint(
-        dirpath=tmp_path, filename="{epoch}", monitor="val_acc", mode="max", per_level=True
-    )
-    callback = Quiet(0.5, start_epoch=2, every_n_epochs=2, iterative_steps=2)
-    fit(build(Scripted), callback, saver, max_epochs=6, enable_checkpointing=True)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch=1.ckpt", "epoch=3.ckpt", "epoch=4.ckpt"]
-    assert saver.best_model_path.endswith("epoch=4.ckpt")
-
-
-def test_early_stopping_begins_to_count_after_the_last_cut():
-    stopper = PrunedEarlyStopping("val_acc", mode="max", patience=2)
-    trainer = fit(build(Scripted), Quiet(0.5, start_epoch=2), stopper, max_epochs=6)
-    assert trainer.current_epoch == 6  # best 0.7 in epoch 3, two worse ones after it
-    assert stopper.best_score == pytest.approx(0.7)
-
-
-@pytest.mark.parametrize(
-    "callback",
-    [ModelCheckpoint(monitor="val_acc"), EarlyStopping("val_acc")],
-    ids=["ModelCheckpoint", "EarlyStopping"],
-)
-def test_callbacks_that_judge_unpruned_epochs_are_pointed_out(callback, tmp_path):
-    name = type(callback).__name__
-    with pytest.warns(UserWarning, match=rf"{name}\(monitor='val_acc'\).*use lightning_prune\.Pruned{name}"):
-        fit(
-            build(Scripted),
-            Quiet(0.5),
-            callback,
-            max_epochs=1,
-            enable_checkpointing=True,
-            default_root_dir=tmp_path,
-        )
 
 
 def test_the_state_holds_plain_data(tmp_path):

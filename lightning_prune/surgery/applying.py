@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,10 +90,23 @@ class Snapshot:
         Raises:
             PlanError: If the plan does not fit the model.
         """
-        undos = [_remember_tensor(target.tensor) for target in _checked(model, plan)]
-        undos += [_remember_holder(holder, key) for holder, key, _ in _config_holders(model, plan)]
-        undos += [remember(model.get_submodule(r.module), r.path) for r in plan.rewrites]
-        undos += [remember_patch(model, p) for p in plan.patches]
+        _checked(model, plan)
+        return Snapshot.across(model, plan)
+
+    @staticmethod
+    def across(model: nn.Module, *plans: Plan) -> Snapshot:
+        """Take a snapshot of all that the plans name and the model has, whether or not they fit."""
+        modules = dict(model.named_modules(remove_duplicate=False))
+        tensors = _named_tensors(model)
+        undos: list[Callable[[], None]] = []
+        for plan in plans:
+            rewrites = [r for r in plan.rewrites if _leads_somewhere(modules, r)]
+            patches = [p for p in plan.patches if p.module in modules]
+            held = {id(t): t for name in plan.by_tensor() if (t := tensors.get(name)) is not None}
+            undos += [_remember_tensor(tensor) for tensor in held.values()]
+            undos += [_remember_holder(holder, key) for holder, key, _ in _config_holders(model, rewrites)]
+            undos += [remember(modules[r.module], r.path) for r in rewrites]
+            undos += [remember_patch(model, p) for p in patches]
         return Snapshot(undos)
 
     def restore(self) -> None:
@@ -110,13 +123,21 @@ class Snapshot:
 def own_configs(model: nn.Module, plan: Plan) -> None:
     """Give a model a config of its own before it is rewritten: other models may hold the same object."""
     copies: dict[int, Any] = {}  # one memo: what held a part of another config holds a part of its copy
-    for holder, key, config in list(_config_holders(model, plan)):
+    for holder, key, config in list(_config_holders(model, plan.rewrites)):
         vars(holder)[key] = copy.deepcopy(config, copies)
 
 
-def _config_holders(model: nn.Module, plan: Plan) -> Iterator[tuple[nn.Module, str, Any]]:
+def _leads_somewhere(modules: Mapping[str, nn.Module], rewrite: Rewrite) -> bool:
+    try:
+        get_path(modules[rewrite.module], rewrite.path)
+    except (KeyError, PlanError):
+        return False
+    return True
+
+
+def _config_holders(model: nn.Module, rewrites: Iterable[Rewrite]) -> Iterator[tuple[nn.Module, str, Any]]:
     """Every attribute of a module that holds an object into which a rewrite reaches."""
-    roots = {(r.module, r.path.partition(".")[0]) for r in plan.rewrites if "." in r.path}
+    roots = {(r.module, r.path.partition(".")[0]) for r in rewrites if "." in r.path}
     found = [c for m, k in roots if (c := vars(model.get_submodule(m)).get(k)) is not None]
     shared = {id(one) for c in found for one in (c, *(inner for _, inner in config_objects(c)))}
     for module in model.modules():
@@ -184,10 +205,7 @@ def _checked(model: nn.Module, plan: Plan) -> list[_Target]:
             "Apply it outside; torch.no_grad() is fine"
         )
     modules = dict(model.named_modules(remove_duplicate=False))
-    tensors: dict[str, Tensor] = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
+    tensors = _named_tensors(model)
     if plan:
         for name, tensor in tensors.items():
             _check_kind(name, tensor, modules)
@@ -198,6 +216,13 @@ def _checked(model: nn.Module, plan: Plan) -> list[_Target]:
     for patch in plan.patches:
         check_patch(model, patch)
     return targets
+
+
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
 
 
 def _check_kind(name: str, tensor: Tensor, modules: Mapping[str, nn.Module]) -> None:

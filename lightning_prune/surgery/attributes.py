@@ -19,7 +19,10 @@ from lightning_prune.plan import Plan, Rewrite, Scalar
 __all__ = ["config_objects", "cosmetic_rewrites", "get_path", "remember", "set_path", "split_path"]
 
 Token: TypeAlias = tuple[str, Any]  # ("attr", name) or ("item", key)
-_PART = re.compile(r"\.?(?P<name>[^\W\d]\w*)|\[(?P<index>-?\d+)\]|\[(?P<quote>['\"])(?P<key>.*?)(?P=quote)\]")
+# No name with two leading underscores: a path may come from a file, and those lead to globals.
+_PART = re.compile(
+    r"\.?(?P<name>(?!__)[^\W\d]\w*)|\[(?P<index>-?\d+)\]|\[(?P<quote>['\"])(?P<key>.*?)(?P=quote)\]"
+)
 
 
 def get_path(root: object, path: str) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_prune.errors import CheckpointMismatchError, PlanError
 from lightning_prune.plan import Cut, Plan, Rewrite, Scalar
-from lightning_prune.surgery.applying import apply
+from lightning_prune.surgery.applying import Snapshot, apply
 from lightning_prune.surgery.attributes import get_path, set_path
 from lightning_prune.surgery.cutting import cut_tensor, set_tensor_data
 from lightning_prune.surgery.manifests import tell_configs
@@ -96,6 +96,21 @@ def take_on(
     Raises:
         CheckpointMismatchError: If one does not fit; names the first difference, and nothing was changed.
     """
+    chosen = _choose(root, wanted, shapes)
+    if complete:
+        _check_all(root, chosen, shapes)
+    _reshape(chosen)
+    for _, module, target, guessed in chosen:
+        note(module, target)
+        if guessed:
+            setattr(module, _GUESS, True)
+        else:
+            confirm(module)
+    return [module for _, module, _, _ in chosen]
+
+
+def _choose(root: nn.Module, wanted: Mapping[str, Plan | None], shapes: Shapes) -> list[_Choice]:
+    """Find out which structure each module should have, and whether it can; change nothing."""
     chosen: list[_Choice] = []
     for path, plan in wanted.items():
         module = _find(root, path)
@@ -106,17 +121,28 @@ def take_on(
         target = _guess(module, local) if plan is None else plan
         if target is not None:
             chosen.append((below, module, target, plan is None and bool(target)))
-    if complete:
-        _check_all(root, chosen, shapes)
-    for _, module, target, guessed in chosen:
-        if target != plan_of(module):
-            _reshape(module, target)
-        note(module, target)
-        if guessed:
-            setattr(module, _GUESS, True)
-        else:
-            confirm(module)
-    return [module for _, module, _, _ in chosen]
+    return chosen
+
+
+def _reshape(chosen: list[_Choice]) -> None:
+    """Go from the present structures over the dense ones to the chosen; what both keep, keeps its value.
+
+    On an error, Ctrl-C included, all of them are as before.
+    """
+    before = [Snapshot.across(module, plan_of(module), target) for _, module, target, _ in chosen]
+    try:
+        for _, module, target, _ in chosen:
+            if target != plan_of(module):
+                _grow(module, plan_of(module))
+                apply(module, target)
+    except BaseException as error:
+        for snapshot in before:
+            snapshot.restore()
+        if not isinstance(error, PlanError):
+            raise
+        raise CheckpointMismatchError(
+            f"the checkpoint's manifest cannot be applied: {error}; nothing was loaded"
+        ) from error
 
 
 def shape_stored(module: nn.Module, plan: Plan) -> None:
@@ -270,19 +296,6 @@ def _check_rewrite(module: nn.Module, where: str, rewrite: Rewrite, built: Scala
             f"the checkpoint was pruned from {where}{rewrite.module} with {rewrite.path}={rewrite.before!r}, "
             f"this model has {now!r}; {ADVICE}. Nothing was loaded"
         )
-
-
-def _reshape(module: nn.Module, plan: Plan) -> None:
-    """Go from the present structure over the dense one to ``plan``; what both keep, keeps its value."""
-    old = plan_of(module)
-    _grow(module, old)
-    try:
-        apply(module, plan)
-    except PlanError as error:
-        apply(module, old)
-        raise CheckpointMismatchError(
-            f"the checkpoint's manifest cannot be applied: {error}; nothing was loaded"
-        ) from error
 
 
 def _grow(module: nn.Module, plan: Plan) -> None:
