@@ -248,6 +248,9 @@ class StructuredPruning(Callback):
         if self.pruner is None:
             return
         self.pruner.regularizer.check()
+        if not self._progress.now and self._example is not None:  # restored in the middle of a fit
+            with eager(pl_module):
+                self._progress.look(self.pruner, self._example)
         values = self._progress.values(pl_module.device)
         phase = self.phase(trainer.current_epoch)
         facts = {name: float(value) for name, value in values.items() if name != "channels"}
