@@ -104,7 +104,7 @@ def test_help_teaches_and_needs_no_extra(command, monkeypatch):
     assert code == 0
     assert all(f"lightning-prune {name} " in out and does in out for name, does in COMMANDS.items())
     for word in (
-        "model: resnet, vit",
+        "model: resnet, timm, vit",
         "pruning: default",
         "lightning-prune plan",
         "--multirun",

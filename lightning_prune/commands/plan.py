@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -18,6 +19,7 @@ from lightning_prune.graph.groups import Group
 from lightning_prune.pruner import GroupNormPruner
 from lightning_prune.reporting.diagram import to_mermaid
 from lightning_prune.reporting.outlook import GroupOutlook, Outlook, print_outlook, with_progress
+from lightning_prune.scores.importance import NEEDS
 from lightning_prune.selection.forecast import Forecast
 from lightning_prune.training.callback import StructuredPruning
 
@@ -70,6 +72,10 @@ def _built(cfg: DictConfig) -> tuple[LightningModule, StructuredPruning, GroupNo
             "a plan was asked for with pruning=none, which cuts nothing; choose another pruning=..."
         )
     seed_everything(cfg.seed, verbose=False)
+    if cfg.pruning.options.importance in NEEDS:
+        asked = cfg.pruning.options.importance
+        print(f"importance={asked} needs training; this plan ranks by group_norm\n", file=sys.stderr)
+        cfg.pruning.options.importance = "group_norm"
     model, callback = instantiate(cfg.model), instantiate(cfg.pruning)
     pruner = pruner_of(callback, model)
     if pruner is None:

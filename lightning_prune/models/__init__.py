@@ -2,6 +2,7 @@
 
 from lightning_prune.models.classifier import Classifier
 from lightning_prune.models.resnet import ResNet
+from lightning_prune.models.timm_models import timm_model
 from lightning_prune.models.vit import ViT
 
-__all__ = ["Classifier", "ResNet", "ViT"]
+__all__ = ["Classifier", "ResNet", "ViT", "timm_model"]

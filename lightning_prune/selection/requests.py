@@ -133,10 +133,11 @@ def _apply_table(
                 f"{option}: {what!r} holds no prunable {'head' if heads else 'unit'}; "
                 "explain(name, dim) says why its dimensions stay."
             )
-        together = isinstance(what, tuple) or options.global_pruning or options.isomorphic
+        alone = _default_scopes(analysis.groups, options)
         for i in hit:
             ratios[i] = float(ratio)
-            scopes[i] = 10_000_000 + (2 * number + heads) * 100_000 + (0 if together else i)
+            own = 0 if isinstance(what, tuple) else alone[i]
+            scopes[i] = 10_000_000 + (2 * number + heads) * 100_000 + own
 
 
 def check_ratio(name: str, value: Any) -> float:
