@@ -18,6 +18,7 @@ from lightning_prune.graph.groups import Group, Member
 
 __all__ = [
     "NAN_POLICIES",
+    "answers_at_once",
     "check_nan_policy",
     "check_number",
     "is_bias",
@@ -78,6 +79,11 @@ def real(tensor: Tensor) -> Tensor:
     torch.Size([4, 2])
     """
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def answers_at_once(device: torch.device) -> bool:
+    """Say whether a value can be asked for without waiting for a queue of work, as on a CPU."""
+    return device.type == "cpu"
 
 
 def non_finite(names: Iterable[str], tensors: Mapping[str, Tensor]) -> list[str]:

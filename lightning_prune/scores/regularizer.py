@@ -25,6 +25,7 @@ from lightning_prune.errors import OptionError, PruneError, StaleGraphError
 from lightning_prune.graph.groups import Group
 from lightning_prune.scores.layout import plan_blocks
 from lightning_prune.scores.members import (
+    answers_at_once,
     check_nan_policy,
     check_number,
     listed,
@@ -99,6 +100,11 @@ class Regularizer:
         self._age: int | None = None
         self._build()
         self.skipped = torch.zeros((), dtype=torch.int64, device=self._device)
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """All named parameters, those included that belong to no group."""
+        return self._parameters
 
     @property
     def low_precision(self) -> tuple[str, ...]:
@@ -206,7 +212,7 @@ class Regularizer:
         wide = any(seen[b.tensor].dtype == torch.float64 for b in self._blocks)
         self._device, self._dtype = first.device, torch.float64 if wide else torch.float32
         # A CPU answers at once; asking an accelerator would stall it.
-        self._immediate = self._device.type == "cpu"
+        self._immediate = answers_at_once(self._device)
         limit = CHUNK_CPU if self._immediate else CHUNK_DEVICE
         self._steps = [b.step(limit) for b in self._blocks]
         self._scratch = max(

@@ -27,7 +27,8 @@ from lightning_prune.training.arguments import as_record, whole_number
 from lightning_prune.training.distilling import Distillation, Distiller
 from lightning_prune.training.evidence import EvidenceGatherer
 from lightning_prune.training.example_inputs import Call, Example
-from lightning_prune.training.gradients import GradientWatch, closes_accumulation, hide_from, loss_scale
+from lightning_prune.training.gradients import closes_accumulation, hide_from
+from lightning_prune.training.penalty import Penalty
 from lightning_prune.training.progress import Progress
 from lightning_prune.training.recalibrating import recalibrate
 from lightning_prune.training.strategies import (
@@ -120,7 +121,7 @@ class StructuredPruning(Callback):
         self._begun: int | None = None  # last epoch whose start was seen
         self._closes = True
         self._backwards = 0
-        self._watch = GradientWatch(self.options.nan_policy)
+        self._penalty = Penalty(self.options.nan_policy, self.update_every)
         self._gatherer = EvidenceGatherer()
         self._distiller = Distiller(how, module)
 
@@ -247,7 +248,7 @@ class StructuredPruning(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.pruner is None:
             return
-        self.pruner.regularizer.check()
+        self._penalty.look(trainer, self.pruner)
         if not self._progress.now and self._example is not None:  # restored in the middle of a fit
             with eager(pl_module):
                 self._progress.look(self.pruner, self._example)
@@ -260,8 +261,8 @@ class StructuredPruning(Callback):
         values["target_reached"] = float(self.target_reached)
         if (loss := self._distiller.mean_loss(trainer)) is not None:
             values["distillation"] = loss
-        if self._watch.count:
-            values["nonfinite_gradients"] = float(self._watch.count)
+        if self._penalty.watch.count:
+            values["nonfinite_gradients"] = float(self._penalty.watch.count)
         several = sum(isinstance(c, StructuredPruning) for c in callbacks_of(trainer)) > 1
         place = f"prune/{self.module}/" if several and self.module else "prune/"
         for name, value in values.items():
@@ -289,7 +290,7 @@ class StructuredPruning(Callback):
             "initial": self._progress.initial,
             "base": self._base.as_dict(),
             "cut_epoch": self._cut_epoch,
-            "overflows": self._watch.count,
+            "overflows": self._penalty.watch.count,
             "report": self.report.state_dict(),
             "distiller": self._distiller.state_dict(),
         }
@@ -298,7 +299,7 @@ class StructuredPruning(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict
         self._cut_epoch = state_dict["cut_epoch"]
-        self._watch.count = state_dict["overflows"]
+        self._penalty.watch.count = state_dict["overflows"]
         self.report.load_state_dict(state_dict["report"])
         # Tuners save and restore in the middle of a fit, where the pruner is alive already.
         self._resume()
@@ -338,9 +339,6 @@ class StructuredPruning(Callback):
         own: dict[str, Any] = {name: getattr(self, name) for name in (*names, *more)}
         own["distillation"] = None if self.distillation is None else asdict(self.distillation)
         return {**own, "options": {f.name: getattr(self.options, f.name) for f in fields(self.options)}}
-
-    def _regularizes(self, epoch: int) -> bool:
-        return not self.target_reached and epoch >= self.sparse_start_epoch
 
     def _build_from_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         if self.options.forward_fn is not None:
@@ -421,15 +419,11 @@ class StructuredPruning(Callback):
         """Add the gradient of the penalty, on the scale that the task's gradients have now."""
         share = self._backwards / trainer.accumulate_grad_batches
         self._backwards = 0
-        if self.pruner is None or not self._watch.is_finite(trainer, self.pruner.model):
-            return
-        grad_scale = share * loss_scale(trainer, optimizer)
-        if not self.target_reached:
-            self._gatherer.collect(trainer, self.pruner, grad_scale)
-        if self._regularizes(trainer.current_epoch):
-            self.pruner.regularizer.update_every = self.update_every  # a cut makes a new regulariser
-            self._watch.warn_of_rounding(self.pruner)
-            self.pruner.regularize(grad_scale=grad_scale)
+        if self.pruner is not None and not self.target_reached:
+            presses = trainer.current_epoch >= self.sparse_start_epoch
+            self._penalty.add(
+                trainer, self.pruner, self._gatherer, presses=presses, share=share, optimizer=optimizer
+            )
 
 
 def _has(root: nn.Module, module: str | None) -> bool:

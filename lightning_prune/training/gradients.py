@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
 
 import torch
 from lightning.pytorch import Trainer
@@ -13,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.errors import PruneError
 from lightning_prune.pruner import GroupNormPruner
+from lightning_prune.scores.members import answers_at_once
 
 __all__ = ["GradientWatch", "closes_accumulation", "hide_from", "loss_scale", "overflowed"]
 
@@ -30,8 +33,8 @@ def _is_scaled(trainer: Trainer) -> bool:
     return scaler is not None and scaler.is_enabled()
 
 
-def loss_scale(trainer: Trainer, optimizer: Optimizer | None = None) -> float:
-    """Give the factor on the gradients right now.
+def loss_scale(trainer: Trainer, optimizer: Optimizer | None = None) -> float | Tensor:
+    """Give the factor on the gradients right now; that of an accelerator stays there.
 
     Args:
         trainer: The running Trainer.
@@ -42,7 +45,11 @@ def loss_scale(trainer: Trainer, optimizer: Optimizer | None = None) -> float:
         return 1.0
     if optimizer is not None and not getattr(optimizer, "_step_supports_amp_scaling", False):
         return 1.0
-    return float(trainer.precision_plugin.scaler.get_scale())  # type: ignore[attr-defined]
+    scaler = trainer.precision_plugin.scaler  # type: ignore[attr-defined]
+    scale = getattr(scaler, "_get_scale_async", lambda: None)()  # get_scale() would wait for the device
+    if scale is None or answers_at_once(scale.device):
+        return float(scaler.get_scale())
+    return scale  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -59,62 +66,120 @@ def hide_from(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
             parameter.grad = grad
 
 
-def _non_finite(model: nn.Module) -> dict[str, Tensor]:
-    """List the gradients with a NaN or an infinity, by parameter name."""
-    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None and not p.grad.is_sparse}
+def _non_finite(grads: Mapping[str, Tensor]) -> list[str]:
+    """Name the gradients with a NaN or an infinity. Waits for the device."""
     if not grads or torch.isfinite(torch.nn.utils.get_total_norm(grads.values())):
-        return {}
+        return []
     # A norm overflows before its elements do, so only these are the judges.
-    return {name: grad for name, grad in grads.items() if not torch.isfinite(grad).all()}
+    return [name for name, grad in grads.items() if not torch.isfinite(grad).all()]
 
 
 def overflowed(trainer: Trainer, model: nn.Module) -> bool:
     """Say whether the GradScaler will skip this step; without one ``GradientWatch`` has seen to it."""
-    return _is_scaled(trainer) and bool(_non_finite(model))
+    return _is_scaled(trainer) and bool(_non_finite(_dense_grads(dict(model.named_parameters()))))
+
+
+def _dense_grads(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n: p.grad for n, p in parameters.items() if p.grad is not None and not p.grad.is_sparse}
 
 
 class GradientWatch:
     """Looks at the gradients of the task before the penalty joins them.
 
-    Under a GradScaler overflow is usual and its own matter; then nothing is looked at.
+    A CPU answers at once. An accelerator is not waited for: there the penalty is multiplied by 0 or 1 on the
+    device, and ``check`` counts, warns or raises later. Under a GradScaler overflow is usual and its own
+    matter; then nothing is looked at.
 
     Args:
         policy: ``raise`` an error, ``skip`` the penalty of that step, or set such elements to ``zero``.
 
     Attributes:
-        count: Steps with a gradient that was not finite.
+        count: Steps with a gradient that was not finite, as of the last ``check``.
     """
 
     def __init__(self, policy: str) -> None:
         self._policy = policy
         self._told_of_rounding = False
+        self._wrong: dict[tuple[str, ...], Tensor] = {}  # whose gradients were wrong since the last check
+        self._steps: Tensor | None = None  # number of such steps since then
         self.count = 0
 
-    def is_finite(self, trainer: Trainer, model: nn.Module) -> bool:
-        """Say whether all gradients are finite, after the policy has done its part.
+    def share(self, trainer: Trainer, parameters: Mapping[str, Tensor]) -> float | Tensor:
+        """Say how much of the penalty may join the gradients, 0 or 1, after the policy has done its part.
+
+        Args:
+            trainer: The running Trainer.
+            parameters: All that are trained, by name.
 
         Raises:
-            PruneError: If one is not, and the policy is ``raise``.
+            PruneError: If a gradient on a CPU is not finite, and the policy is ``raise``.
         """
-        wrong = {} if _is_scaled(trainer) else _non_finite(model)
+        grads = _dense_grads(parameters)
+        if not grads or _is_scaled(trainer):
+            return 1.0
+        if not answers_at_once(next(iter(grads.values())).device):
+            return self._on_device(grads)
+        wrong = _non_finite(grads)
         if not wrong:
-            return True
-        what = f"the gradient of {next(iter(wrong))!r} is not finite at step {trainer.global_step}"
+            return 1.0
+        self._tell(wrong[0], 1, f"at step {trainer.global_step}")
+        if self._policy != "zero":
+            return 0.0
+        for name in wrong:
+            grads[name].nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        return 1.0
+
+    def check(self, trainer: Trainer) -> None:
+        """Look at what accelerators found since the last look. Waits for the device: call it when logging.
+
+        Raises:
+            PruneError: If a gradient was not finite, and the policy is ``raise``.
+        """
+        if self._steps is None:
+            return
+        steps = int(self._steps)
+        if steps:
+            first = next(
+                name
+                for names, flags in self._wrong.items()
+                for name, wrong in zip(names, flags.tolist(), strict=True)
+                if wrong
+            )
+            self._steps, self._wrong = None, {}
+            self._tell(first, steps, f"at or before step {trainer.global_step}")
+
+    def _on_device(self, grads: Mapping[str, Tensor]) -> float | Tensor:
+        """Judge without waiting. The largest magnitude is finite exactly if all elements are."""
+        norms = torch._foreach_norm(list(grads.values()), math.inf)
+        kind = reduce(torch.promote_types, (norm.dtype for norm in norms))
+        wrong = ~torch.stack([n.to(norms[0].device, kind, non_blocking=True) for n in norms]).isfinite()
+        names, is_wrong = tuple(grads), wrong.any()
+        self._wrong[names] = self._wrong[names] | wrong if names in self._wrong else wrong
+        self._steps = is_wrong.long() if self._steps is None else self._steps + is_wrong
+        if self._policy != "zero":
+            return (~is_wrong).float()
+        for grad in grads.values():
+            grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        return 1.0
+
+    def _tell(self, name: str, steps: int, when: str) -> None:
+        """Count steps; raise or warn as the policy says.
+
+        Raises:
+            PruneError: If the policy is ``raise``.
+        """
+        what = f"the gradient of {name!r} is not finite {when}"
         if self._policy == "raise":
             raise PruneError(
                 f"{what}, and nan_policy is 'raise'; lower the learning rate, clip gradients, or choose "
                 "nan_policy='skip'"
             )
-        if self._policy == "zero":
-            for grad in wrong.values():
-                grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         if not self.count:
             rank_zero_warn(
                 f"{what}; nan_policy is {self._policy!r}, so such steps are counted "
                 "as prune/nonfinite_gradients"
             )
-        self.count += 1
-        return self._policy == "zero"
+        self.count += steps
 
     def warn_of_rounding(self, pruner: GroupNormPruner) -> None:
         """Warn once where the penalty may be lost between the digits of a gradient."""
