@@ -235,6 +235,8 @@ class StructuredPruning(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
+        if not self._acts(trainer):
+            return
         if not pl_module.automatic_optimization:
             # The user decides when which gradients are whole, so only those about to be used are known to be.
             with hide_from(self._target(pl_module), optimizer):
@@ -419,11 +421,17 @@ class StructuredPruning(Callback):
         """Add the gradient of the penalty, on the scale that the task's gradients have now."""
         share = self._backwards / trainer.accumulate_grad_batches
         self._backwards = 0
-        if self.pruner is not None and not self.target_reached:
+        if self.pruner is not None and self._acts(trainer):
             presses = trainer.current_epoch >= self.sparse_start_epoch
             self._penalty.add(
                 trainer, self.pruner, self._gatherer, presses=presses, share=share, optimizer=optimizer
             )
+
+    def _acts(self, trainer: Trainer) -> bool:
+        """Whether the gradients of this step are anyone's business."""
+        if self.pruner is None or self.target_reached:
+            return False
+        return trainer.current_epoch >= self.sparse_start_epoch or self.pruner.collector.need is not None
 
 
 def _has(root: nn.Module, module: str | None) -> bool:

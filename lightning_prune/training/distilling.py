@@ -207,7 +207,7 @@ class Distiller:
 
         return hook
 
-    def _leave(self, outer: int, scale: Callable[[], float]) -> Callable[..., None]:
+    def _leave(self, outer: int, scale: Callable[[], float | Tensor]) -> Callable[..., None]:
         def hook(student: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             self._depth -= 1
             if self._depth != outer or not torch.is_grad_enabled() or output is None:
@@ -230,7 +230,7 @@ class Distiller:
         self,
         ours: Tensor,
         theirs: Tensor,
-        scale: Callable[[], float],
+        scale: Callable[[], float | Tensor],
         weight: float,
         loss: Callable[..., Tensor],
     ) -> None:
@@ -282,7 +282,7 @@ def _matched(name: str, ours: Any, theirs: Any, kept: Mapping[str, tuple[int, ..
     return ours, theirs
 
 
-def _backward_scale(trainer: Trainer, pl_module: LightningModule) -> Callable[[], float]:
+def _backward_scale(trainer: Trainer, pl_module: LightningModule) -> Callable[[], float | Tensor]:
     """Give the factor on the gradients while the backward pass runs."""
     share = 1 / trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1.0
     return lambda: share * loss_scale(trainer)

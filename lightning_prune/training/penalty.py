@@ -50,8 +50,6 @@ class Penalty:
             optimizer: That is about to step; None right after the backward pass.
         """
         gathers = pruner.collector.need is not None
-        if not presses and not gathers:
-            return
         fit = self.watch.share(trainer, pruner.regularizer.parameters)
         if gathers:
             fit = float(fit)  # evidence of a broken step is none at all, so here the device is waited for
