@@ -34,11 +34,14 @@ class Separate(nn.Module):
             out = torch.einsum("bhij,bjhd->bihd", att, v).flatten(2)
         else:
             q, k, v = (f(x).view(b, n, self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
-            out = self._attend(q, k, v).transpose(1, 2).flatten(2)
+            heads = self._attend(q, k, v)
+            out = (
+                heads.permute(0, 2, 3, 1) if self.style == "dims_first" else heads.transpose(1, 2)
+            ).flatten(2)
         return self.proj(out)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.style == "sdpa":
+        if self.style in ("sdpa", "dims_first"):
             return functional.scaled_dot_product_attention(q, k, v)
         scale = q.shape[-1] ** -0.5 if self.style == "live_scale" else self.scale
         return (q @ k.transpose(-2, -1) * scale).softmax(-1) @ v
@@ -179,7 +182,7 @@ ATTENTION_CASES: list[Case] = [
             TAIL,
             SEPARATE_GROUPS if s in ("sdpa", "matmul") else None,
         )
-        for s in ("sdpa", "matmul", "einsum", "reshape_c")
+        for s in ("sdpa", "matmul", "einsum", "reshape_c", "dims_first")
     ),
     Case("separate_live_scale", lambda: Vit(Separate(style="live_scale")), tokens, STREAM, TAIL, whole=False),
     *(

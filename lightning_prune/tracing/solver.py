@@ -148,12 +148,23 @@ def _equal_rows(row: Ints, leaf: Ints) -> list[tuple[Ints, Ints]]:
     return [(rows[order][1:][same], rows[order][:-1][same])]
 
 
-def _freeze_rows(union: _Union, ands: list[Ints], heads: Ints) -> bool:
-    """Rows that are not heads stay whole, and so do rows of a leaf that is cut two ways."""
+def _heads_first(union: _Union, ands: list[Ints], heads: Ints) -> tuple[Ints, Ints, Ints, np.ndarray]:
+    """Row, cell and leaf classes, and which classes are heads: of the two sides of an AND a head is the row.
+
+    Merging ``(.., dims, heads)`` makes the dimensions rows and the heads cells, although it is the heads that
+    the dimensions were split off with.
+    """
     row, cell, leaf = (union.of[part] for part in ands)
-    live = (row != FROZEN) & (cell != FROZEN) & (leaf != FROZEN)
     is_head = np.zeros(int(union.of.max()) + 1, bool)
     is_head[union.of[heads]] = True
+    turned = is_head[cell] & ~is_head[row]
+    return np.where(turned, cell, row), np.where(turned, row, cell), leaf, is_head
+
+
+def _freeze_rows(union: _Union, ands: list[Ints], heads: Ints) -> bool:
+    """Rows that are not heads stay whole, and so do rows of a leaf that is cut two ways."""
+    row, cell, leaf, is_head = _heads_first(union, ands, heads)
+    live = (row != FROZEN) & (cell != FROZEN) & (leaf != FROZEN)
     bad = live & ~is_head[row]
     pairs = (
         np.unique(np.stack([leaf[live], row[live], cell[live]]), axis=1)
@@ -170,7 +181,7 @@ def _freeze_rows(union: _Union, ands: list[Ints], heads: Ints) -> bool:
 
 
 def _classes(ledger: Ledger, union: _Union, ands: list[Ints], heads: Ints) -> Classes:
-    row, cell, leaf = (union.of[part] for part in ands)
+    row, cell, leaf, _ = _heads_first(union, ands, heads)
     count = int(union.of.max()) + 1
     row_of, cell_of = np.full(count, -1, np.int64), np.full(count, -1, np.int64)
     live = (row != FROZEN) & (cell != FROZEN) & (leaf != FROZEN) & (leaf != row) & (leaf != cell)

@@ -77,6 +77,8 @@ def _build(name: str, **options: Any) -> nn.Module:
 
 def _classifier(name: str) -> nn.Module:
     extra: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    if name.startswith("vit_"):
+        extra["image_size"] = _IMAGES[name]
     if name in _DETECTORS or "deeplab" in name or "fcn" in name or "lraspp" in name:
         extra["weights_backbone"] = None
     return _build(name, **extra)
