@@ -24,6 +24,7 @@ from lightning_prune.plan import Plan
 from lightning_prune.pretrained import from_pretrained
 from lightning_prune.pruner import GroupNormPruner
 from lightning_prune.surgery.applying import apply
+from lightning_prune.tracing.meta import floats_on_meta
 from lightning_prune.training.callback import StructuredPruning
 from lightning_prune.training.checkpointing import PrunedEarlyStopping, PrunedModelCheckpoint
 from lightning_prune.training.distilling import Distillation
@@ -50,6 +51,7 @@ __all__ = [
     "TraceError",
     "UnsupportedOpError",
     "apply",
+    "floats_on_meta",
     "from_pretrained",
     "load_from_checkpoint",
     "load_pruned_state",

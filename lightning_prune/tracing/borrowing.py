@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_prune.errors import TraceError
 
-__all__ = ["Borrowed", "SharedWriteError", "copy_for_tracing"]
+__all__ = ["Borrowed", "SharedWriteError", "copy_for_tracing", "written_by"]
 
 # What gives the memory of a tensor to code that cannot be watched.
 _LEAVES_TORCH = frozenset(("numpy", "array", "data_ptr", "dlpack"))
@@ -53,7 +53,7 @@ class Borrowed:
         Raises:
             SharedWriteError: If it does.
         """
-        written = _written(func)
+        written = written_by(func)
         if written and self._storages:
             self._refuse(args[i] if i < len(args) else kwargs.get(name) for i, name in written)
 
@@ -70,7 +70,7 @@ class Borrowed:
 
 
 @lru_cache(maxsize=4096)
-def _written(func: Any) -> tuple[tuple[int, str], ...]:
+def written_by(func: Any) -> tuple[tuple[int, str], ...]:
     """Number and name of every argument that an operation writes into."""
     arguments = enumerate(func._schema.arguments)
     return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)

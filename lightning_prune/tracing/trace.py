@@ -26,6 +26,8 @@ from lightning_prune.tracing import (
 from lightning_prune.tracing.borrowing import Borrowed, SharedWriteError, copy_for_tracing
 from lightning_prune.tracing.labels import Site
 from lightning_prune.tracing.layers import replace_layers
+from lightning_prune.tracing.meta import ADVICE as META_ADVICE
+from lightning_prune.tracing.meta import without_floats
 from lightning_prune.tracing.rules import FUNCTIONS, follow
 from lightning_prune.tracing.stated import watch_stated_widths
 from lightning_prune.tracing.tracer import (
@@ -39,6 +41,7 @@ from lightning_prune.tracing.tracer import (
     track_attributes,
 )
 
+CALL_ADVICE = "Check that model.eval()(example_inputs) runs; pass forward_fn for an unusual call."
 RULE_FILES = (
     contraction,
     convolution,
@@ -94,6 +97,9 @@ def _trace(
     """Trace a copy whose parameters lie in the model's own memory, or, if it writes into them, in its own."""
     twin = copy_for_tracing(model, share=share)
     tracer = Tracer(Borrowed(model if share else None))
+    tracer.has_no_floats = any(p.is_meta for p in twin.parameters())
+    if tracer.has_no_floats and forward_fn is None:
+        example_inputs = without_floats(example_inputs)
     label_tensors(tracer, twin)
     replace_layers(tracer, twin, custom)
     track_attributes(tracer, twin)
@@ -144,7 +150,7 @@ def _run(tracer: Tracer, twin: nn.Module, example_inputs: Any, forward_fn: Calla
         raise TraceError(
             f"The model was to be run once on the example inputs, but {tracer.modules[-1] or 'it'} failed in "
             f"{tracer.op or 'its forward'} with {type(error).__name__}: {error}. "
-            "Check that model.eval()(example_inputs) runs; pass forward_fn for an unusual call."
+            f"{META_ADVICE if tracer.has_no_floats else CALL_ADVICE}"
         ) from error
 
 

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_prune.tracing.borrowing import Borrowed
 from lightning_prune.tracing.integers import Equation, Expr, Recorder, Size, mentions
 from lightning_prune.tracing.labels import Ints, Label, Ledger, Site, Tags, opaque
+from lightning_prune.tracing.meta import run_without_floats
 
 TAGS = "_lightning_prune_tags"
 _TORCH = str(Path(torch.__file__).parent)
@@ -94,6 +95,7 @@ class Tracer:
         self.paused = 0
         self.op = ""
         self.borrowed = borrowed or Borrowed()
+        self.has_no_floats = False
         self.recorder = Recorder(self._on_value, self._on_equal)
         self._site: Site | None = None
         self._lines: dict[tuple[CodeType, int], str] = {}
@@ -285,6 +287,10 @@ def _name(func: Any) -> str:
     return str(func._schema.name.removeprefix("aten::"))
 
 
+def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return func(*args, **kwargs)
+
+
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside: carries labels through primitive operations."""
 
@@ -298,7 +304,8 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         self.tracer.borrowed.watch_operation(func, args, kwargs)
-        out = func(*args, **kwargs)
+        run = run_without_floats if self.tracer.has_no_floats else _run
+        out = run(func, args, kwargs)
         if not self.tracer.paused:
             self.tracer.begin(_name(func))
             self.follow(self.tracer, func, args, kwargs, out)

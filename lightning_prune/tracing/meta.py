@@ -1,0 +1,135 @@
+"""Networks too big to hold: floats are mere shapes, on the meta device; integers and booleans have values.
+
+Python asks for the values of integers and booleans (is anything masked? how long is this?), and never for
+those of weights. So a network whose weights lie on the meta device is traced with the rest real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_prune.errors import TraceError
+from lightning_prune.tracing.borrowing import written_by
+
+__all__ = ["ADVICE", "floats_on_meta", "run_without_floats", "without_floats"]
+
+ADVICE = (
+    "The weights are on the meta device, so numbers computed from them have no value. Give integer and "
+    "boolean inputs with values, and build the model under lightning_prune.floats_on_meta(), which makes its integer "
+    "buffers real; what Python decides by the value of a float needs a model with weights."
+)
+_META, _REAL = torch.device("meta"), torch.device("cpu")
+# These read whole numbers as places, which may be real beside floats that are not.
+_LOOKUPS = frozenset(
+    ("index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_", "embedding", "index_select")
+)
+# The values of these do not come from the tensor they are like.
+_LIKE = frozenset(("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"))
+# What weights are made by. Ranges and numbers written in the code are small, and are looked at.
+_BULK = frozenset(("empty", "empty_strided", "zeros", "ones", "full", "rand", "randn", "normal"))
+
+
+class floats_on_meta(TorchDispatchMode):  # type: ignore[no-untyped-call]  # noqa: N801 - reads as a verb
+    """Build a network without the memory of its weights: ``with floats_on_meta(): net = Net()``.
+
+    Like ``with torch.device("meta")``, but integers, booleans, ranges and numbers written in the code have
+    values, so that what a forward asks of them is known. For ``GroupNormPruner.step(dry_run=True)`` and
+    ``foresee()``.
+
+    >>> with floats_on_meta():
+    ...     layer, places = torch.nn.Linear(4, 8), torch.arange(3)
+    >>> layer.weight.device.type, places.tolist()
+    ('meta', [0, 1, 2])
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one operation."""
+        kwargs = kwargs or {}
+        tensors = _tensors((*args, *kwargs.values()))
+        if any(t.is_meta for t in tensors):
+            return run_without_floats(func, args, kwargs)
+        if not tensors and _name(func) in _BULK:
+            out = func(*args, **{**kwargs, "device": _META})
+            if out.is_floating_point() or out.is_complex():
+                return out
+        return func(*args, **kwargs)
+
+
+def run_without_floats(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run an operation so that its floats are shapes and its integers, where they can be, real.
+
+    Raises:
+        TraceError: If it writes numbers without values into a tensor that has some.
+    """
+    tensors = _tensors((*args, *kwargs.values()))
+    if any(t.is_meta for t in tensors):
+        is_lookup = _name(func) in _LOOKUPS
+        if not all(t.is_meta for t in tensors):
+            _refuse_writing(func, args, kwargs)
+        out = func(
+            *(_shaped(a, is_lookup) for a in args), **{k: _shaped(v, is_lookup) for k, v in kwargs.items()}
+        )
+        return func(*args, **{**kwargs, "device": _REAL}) if _name(func) in _LIKE and _is_whole(out) else out
+    device = kwargs.get("device")
+    out = func(*args, **kwargs)
+    if device is not None and torch.device(device) == _META and _is_whole(out):
+        out = func(*args, **{**kwargs, "device": _REAL})
+    return without_floats(out)
+
+
+def without_floats(value: Any) -> Any:
+    """Give nested values with floats as shapes on the meta device; single numbers stay."""
+    if isinstance(value, Tensor):
+        if value.is_meta or _is_whole(value) or value.ndim == 0:
+            return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=_META)
+    if isinstance(value, Mapping):
+        return {k: without_floats(v) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(without_floats(v) for v in value)
+    return value
+
+
+def _shaped(value: Any, is_lookup: bool) -> Any:
+    if isinstance(value, Tensor):
+        if value.is_meta or value.ndim == 0 or (is_lookup and _is_whole(value)):
+            return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=_META)
+    if type(value) in (list, tuple):
+        return type(value)(_shaped(v, is_lookup) for v in value)
+    return _META if isinstance(value, torch.device) else value
+
+
+def _refuse_writing(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    for i, name in written_by(func):
+        target = args[i] if i < len(args) else kwargs.get(name)
+        if isinstance(target, Tensor) and not target.is_meta:
+            raise TraceError(
+                f"{_name(func)} was to write numbers without values into a tensor of shape "
+                f"{list(target.shape)} and type {target.dtype} that has values. {ADVICE}"
+            )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(value)
+    return found
+
+
+def _name(func: Any) -> str:
+    return str(func._schema.name.removeprefix("aten::"))
