@@ -20,8 +20,8 @@ __all__ = ["ADVICE", "floats_on_meta", "run_without_floats", "without_floats"]
 
 ADVICE = (
     "The weights are on the meta device, so numbers computed from them have no value. Give integer and "
-    "boolean inputs with values, and build the model under lightning_prune.floats_on_meta(), which makes its integer "
-    "buffers real; what Python decides by the value of a float needs a model with weights."
+    "boolean inputs with values, and build the model under lightning_prune.floats_on_meta(), which makes its "
+    "integer buffers real; what Python decides by the value of a float needs a model with weights."
 )
 _META, _REAL = torch.device("meta"), torch.device("cpu")
 # These read whole numbers as places, which may be real beside floats that are not.
