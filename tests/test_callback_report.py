@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from test_callback import Plain, build, data, fit, pytestmark  # noqa: F401 - same filters
 
+from lightning_prune.training import finish, showing
 from lightning_prune.training.callback import StructuredPruning
 
 QUIET = {"log_every_n_steps": 1, "enable_model_summary": False}
@@ -78,6 +80,45 @@ def test_compares_the_network_before_the_cut_on_the_test_split(tmp_path):
     assert (tmp_path / "report.md").read_text().startswith("# Before and after")
     assert report.pruned.accuracy == file["pruned"]["accuracy"]
     assert trainer.datamodule.trainer is trainer
+
+
+def test_the_fit_notes_norms_and_cuts_as_they_were(tmp_path):
+    norms = []
+
+    class Watch(StructuredPruning):
+        """See the weights where the callback sees them."""
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            conv, bn, fc = (getattr(pl_module.net, n).weight.detach().square() for n in ("conv", "bn", "fc"))
+            norms.append((conv.flatten(1).sum(1) + bn + fc.sum(0)).double().numpy())
+            super().on_train_epoch_end(trainer, pl_module)
+
+    _, report = run(tmp_path, callback=Watch(0.5, start_epoch=1, options={"normalizer": None}))
+    assert [len(each) for each in norms] == [8, 4]
+    assert [spread.epoch for spread in report.spreads] == [0, 1]
+    for spread, seen in zip(report.spreads, norms, strict=True):
+        assert spread.quantiles[0] == pytest.approx(seen.min() / seen.mean(), rel=1e-5)
+        assert spread.quantiles[3] == pytest.approx(np.median(seen) / seen.mean(), rel=1e-5)
+        assert spread.quantiles[-1] == pytest.approx(seen.max() / seen.mean(), rel=1e-5)
+    (cut,) = report.cuts
+    (scores,) = cut.classes
+    assert (cut.epoch, scores.name, sum(scores.kept), sum(scores.removed)) == (1, "net.conv", 4, 4)
+    assert scores.line == pytest.approx(sorted(norms[0])[3], rel=1e-5)
+    assert (cut.edges[0], cut.edges[-1]) == pytest.approx((norms[0].min(), norms[0].max()), rel=1e-5)
+    assert {each.tensor for each in report.frozen} == {"net.conv.weight", "net.fc.weight", "net.fc.bias"}
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<img") == 4
+
+
+def test_a_picture_that_cannot_be_noted_costs_a_warning(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ZeroDivisionError("no scale")
+
+    monkeypatch.setattr(finish, "record_spread", fail)
+    with pytest.warns(UserWarning, match="the report will lack a picture: ZeroDivisionError: no scale"):
+        _, report = run(tmp_path)
+    assert report.spreads == []
+    assert len(report.cuts) == 1
 
 
 class Untested(LightningDataModule):
@@ -153,6 +194,9 @@ def test_a_resumed_run_reports_too(tmp_path):
     assert report.split == "val"  # the dense weights are gone
     assert (report.dense.parameters, report.dense.macs) == (250, 1960)
     assert [epoch["phase"] for epoch in report.timeline] == ["sparse", "prune", "fine-tune"]
+    assert [spread.epoch for spread in report.spreads] == [0, 1, 2]
+    assert [cut.epoch for cut in report.cuts] == [1]
+    assert report.cuts == first.report.result.cuts
 
 
 def test_a_report_that_fails_is_a_warning_and_the_fit_succeeds(tmp_path):
@@ -185,8 +229,43 @@ def test_loggers_receive_numbers_text_and_figure(tmp_path):
         tags["scalars"]
     )
     assert "prune/report/text_summary" in tags["tensors"]
-    assert "prune/channels" in tags["images"]
+    assert {f"prune/{name}" for name in ("timeline", "channels", "importance", "spread")} <= set(
+        tags["images"]
+    )
     assert [e.value for e in events.Scalars("prune/channels")] == [0, 0.5]
     header = (tmp_path / "csv" / "version_0" / "metrics.csv").read_text().splitlines()[0]
     assert "prune/sparsity" in header
     assert (tmp_path / "tb" / "version_0" / "report.json").exists()
+
+
+@pytest.mark.multiprocess
+def test_weights_and_biases_receives_table_and_pictures(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path))
+    from lightning.pytorch.loggers import WandbLogger
+
+    try:
+        _, report = run(tmp_path, logger=WandbLogger(save_dir=tmp_path, offline=True))
+    finally:
+        wandb.finish()
+    (media,) = tmp_path.glob("wandb/offline-run-*/files/media")
+    pictures = {file.stem.partition("_")[0] for file in media.glob("images/prune/*.png")}
+    assert pictures == {"timeline", "channels", "importance", "spread"}
+    (table,) = media.glob("table/prune/report_*.json")
+    content = json.loads(table.read_text())
+    assert content["columns"] == ["measure", "dense", "pruned", "change"]
+    assert content["data"] == [[row.label, row.dense, row.pruned, row.change] for row in report.rows()]
+
+
+def test_a_logger_that_fails_is_a_warning(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setitem(showing.SHOWS, CSVLogger, fail)
+    with pytest.warns(UserWarning, match="CSVLogger did not take the report: OSError: disk full"):
+        trainer, report = run(tmp_path, logger=CSVLogger(tmp_path, "csv"))
+    assert trainer.state.finished
+    assert report is not None

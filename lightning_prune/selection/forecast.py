@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_prune.graph.analysis import Analysis
-from lightning_prune.selection.choosing import Choice, living_units
+from lightning_prune.selection.choosing import Choice
 
 __all__ = ["Forecast", "foresee"]
 
@@ -30,20 +30,13 @@ class Forecast:
 
 
 def foresee(analysis: Analysis, step: int, choice: Choice) -> Forecast:
-    """Count what a choice leaves. Units that go with their heads do not count as left.
+    """Count what a choice leaves.
 
     Args:
         analysis: Of the network as it is.
         step: Number of the step.
         choice: Units that stay.
     """
-    alive = analysis.alive(choice.keep)
-    kept = []
-    for group in analysis.groups:
-        stays = choice.keep[group.units]
-        kept.append(
-            int((stays if group.kind == "head" else stays & living_units(analysis, group, alive)).sum())
-        )
-    return Forecast(
-        step, tuple(kept), analysis.parameters(choice.keep), analysis.macs(choice.keep), choice.notes
-    )
+    keep = choice.keep
+    kept = tuple(int(keep[group.units].sum()) for group in analysis.groups)
+    return Forecast(step, kept, analysis.parameters(keep), analysis.macs(keep), choice.notes)

@@ -57,7 +57,7 @@ def importance_figure(cuts: Sequence[Cut]) -> Figure:
         grid[0][column].annotate(
             f"cut before epoch {cut.epoch}",
             (0.5, 1.0),
-            (0, 15),
+            (0, 19),
             xycoords="axes fraction",
             textcoords="offset points",
             ha="center",
@@ -65,7 +65,7 @@ def importance_figure(cuts: Sequence[Cut]) -> Figure:
         )
         grid[-1][column].set_xlabel("importance of a unit")
     for row, name in enumerate(_titles(names)):
-        grid[row][0].set_title(name, loc="left", fontsize=8, pad=3)
+        grid[row][0].set_title(name, loc="left", fontsize=8, pad=6)
     handles = [
         Patch(facecolor=COLOURS["blue"], edgecolor=INK, lw=0.4, label="stays"),
         Patch(facecolor="#ffffff", edgecolor=COLOURS["blue"], hatch="////", label="removed"),
