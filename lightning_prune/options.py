@@ -8,7 +8,9 @@ from typing import Any
 
 from lightning_prune.errors import OptionError
 
-__all__ = ["PruningOptions"]
+__all__ = ["BUDGETS", "PruningOptions", "check_budget"]
+
+BUDGETS = ("macs", "params", "memory", "latency")
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class PruningOptions:
         head_pruning_ratio_dict: The same per layer.
         customized_pruners: Rules for layers of your own, by layer.
         unwrapped_parameters: Dimension of a bare parameter to prune, instead of the one the trace finds.
-        budget: ``{"macs": share}`` or ``{"params": share}`` of the dense network to keep, in (0, 1], instead
-            of the ratio.
+        budget: ``{name: share}`` of the dense network to keep, in (0, 1], instead of the ratio; the name is
+            ``macs``, ``params``, ``memory`` or ``latency``.
         normalizer: What brings scores of different groups to one scale, by name or as a callable.
         include_bias: Count biases in scores and penalty.
         reg: Strength of the sparsity penalty, >= 0.
@@ -139,13 +141,13 @@ def _callables(**given: Any) -> None:
 
 
 def check_budget(budget: Mapping[str, float]) -> dict[str, float]:
-    """One of macs or params, a share in (0, 1].
+    """One name of ``BUDGETS`` and a share in (0, 1].
 
     >>> check_budget({"macs": 0.5})
     {'macs': 0.5}
     """
-    if not isinstance(budget, Mapping) or len(budget) != 1 or next(iter(budget)) not in ("macs", "params"):
-        raise OptionError(f'budget must be {{"macs": share}} or {{"params": share}}, got {budget!r}')
+    if not isinstance(budget, Mapping) or len(budget) != 1 or next(iter(budget)) not in BUDGETS:
+        raise OptionError(f"budget must be {{name: share}} with one of {', '.join(BUDGETS)}, got {budget!r}")
     ((name, share),) = budget.items()
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
         raise OptionError(f"budget {name} must be a share of the dense model in (0, 1], got {share!r}")

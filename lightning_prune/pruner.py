@@ -13,18 +13,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.budgets.meeting import Budget
+from lightning_prune.budgets.subject import Subject
 from lightning_prune.errors import OptionError, PruneError, StaleGraphError
 from lightning_prune.graph.analysis import Analysis, analyse, certify
 from lightning_prune.graph.couplings import Coupling, couplings
 from lightning_prune.graph.explaining import Frozen, explain, list_frozen
 from lightning_prune.graph.groups import Group
-from lightning_prune.options import PruningOptions, check_budget
+from lightning_prune.options import PruningOptions
 from lightning_prune.plan import Plan
 from lightning_prune.scores.evidence import Collector, Reduce
 from lightning_prune.scores.importance import Evidence
 from lightning_prune.scores.ranking import rank
 from lightning_prune.scores.regularizer import Regularizer
-from lightning_prune.selection.choosing import Choice, Chooser, kept_units, living_units, meet_budget
+from lightning_prune.selection.choosing import Choice, Chooser, kept_units, living_units
 from lightning_prune.selection.forecast import Forecast, foresee
 from lightning_prune.selection.requests import (
     Targets,
@@ -130,7 +132,7 @@ class GroupNormPruner:
         self.collector = Collector(model, importance)
         self._head_dims: frozenset[str] = frozenset()
         self._initial: dict[str, float] = {}
-        self._dense: dict[str, int] = {}
+        self.budget = Budget(budget)
         self._regularizer: Regularizer | None = None
         check_custom(model, customized_pruners)
         self._adopt(self._analyse())
@@ -336,7 +338,7 @@ class GroupNormPruner:
         """
         later = {name: options[name] for name in OF_THE_DENSE if name in options}
         pruner = cls(model, example_inputs, **{k: v for k, v in options.items() if k not in later})
-        pruner.options = replace(pruner.options, **later)
+        pruner.options, pruner.budget = replace(pruner.options, **later), Budget(later.get("budget"))
         pruner.load_state_dict(state)
         return pruner
 
@@ -346,7 +348,7 @@ class GroupNormPruner:
             "step": self.current_step,
             "plan": self.plan.as_dict(),
             "initial": dict(self._initial),
-            "dense": dict(self._dense),
+            "budget": self.budget.state_dict(),
             "head_dims": sorted(self._head_dims),
             "rng": bytes(self._evidence.generator.get_state().tolist()).hex(),
             "regularizer": None if self._regularizer is None else self._regularizer.state_dict(),
@@ -358,7 +360,7 @@ class GroupNormPruner:
         self.current_step = int(state["step"])
         self.plan = Plan.from_dict(state["plan"])
         self._initial = {str(k): float(v) for k, v in state["initial"].items()}
-        self._dense = {str(k): int(v) for k, v in state["dense"].items()}
+        self.budget.load_state_dict(state["budget"])
         self._head_dims = frozenset(state["head_dims"])
         self._evidence.generator.set_state(torch.tensor(list(bytes.fromhex(state["rng"])), dtype=torch.uint8))
         is_stale = any(self._shapes.get(name) != t.shape for name, t in self._tensors())
@@ -385,12 +387,9 @@ class GroupNormPruner:
         self._analysis = analysis
         self._shapes = {name: t.shape for name, t in self._tensors()}
         self.collector.of(analysis.groups, include_bias=self.options.include_bias)
-        everything = np.ones(analysis.graph.n_units, bool)
         self._head_dims |= {key(g) for g in analysis.groups if g.kind == "head_dim"}
         for group in analysis.groups:
             self._initial.setdefault(key(group), float(group.n_units))
-        if not self._dense:
-            self._dense = {"macs": analysis.macs(everything), "params": analysis.parameters(everything)}
         if self.current_step or self.plan:
             self._goal = self._targets(self.pruning_ratio)
 
@@ -418,18 +417,22 @@ class GroupNormPruner:
         chooser = Chooser(self._analysis, scores, initial, self.options)
         course = {r: self._course(r)[step] for r in set(self._goal.ratio)}
         ratios = [course[r] for r in self._goal.ratio]
-        if not self.options.budget:
+        if not self.budget:
             return chooser.choose(self._goal, ratios)
-        ((name, share),) = check_budget(self.options.budget).items()
-        cost = self._analysis.macs if name == "macs" else self._analysis.parameters
-        wanted = self._dense[name] * (1 - self._course(1 - share)[step])
         follows = [a != b for a, b in zip(self._targets(0.25).ratio, self._targets(0.5).ratio, strict=True)]
 
         def choose(ratio: float) -> Choice:
             now = [ratio if f else r for f, r in zip(follows, ratios, strict=True)]
             return chooser.choose(self._goal, now)
 
-        return meet_budget(choose, cost, wanted, name, strict=True)
+        subject = Subject(
+            self.model,
+            self._analysis,
+            self._example_inputs,
+            self.options.forward_fn,
+            lambda r: choose(r).keep,
+        )
+        return self.budget.meet(subject, choose, 1 - self._course(1 - self.budget.share)[step])
 
     def _scores(self, *, rehearsal: bool = False) -> list[Floats]:
         tensors = dict(self.model.named_parameters())

@@ -14,11 +14,12 @@ PACKAGE = Path(__file__).parent.parent / "lightning_prune"
 # files of a folder may import one another. A module or folder that is not here needs a place.
 RANKS = (
     {"errors"},
-    {"plan", "options"},
+    {"plan", "options", "files"},
     {"surgery"},  # its patches tell tracing which layers have an equal forward
     {"tracing"},
     {"graph"},
     {"scores", "selection", "measuring"},
+    {"budgets"},
     {"pruner", "checkpoint", "metrics", "reporting"},
     {"pretrained"},
     {"models", "data"},  # of the demo

@@ -20,7 +20,6 @@ from lightning_prune.pruner import GroupNormPruner
 from lightning_prune.reporting.diagram import to_mermaid
 from lightning_prune.reporting.outlook import GroupOutlook, Outlook, print_outlook, with_progress
 from lightning_prune.scores.importance import NEEDS
-from lightning_prune.selection.forecast import Forecast
 from lightning_prune.training.callback import StructuredPruning
 
 __all__ = ["run"]
@@ -109,18 +108,10 @@ def _outlook(model: LightningModule, callback: StructuredPruning, pruner: GroupN
         epochs=tuple(
             callback.start_epoch + number * callback.every_n_epochs for number in range(len(steps) - 1)
         ),
-        budget=_budget(callback, first, last),
+        budget=(pruner.budget.name, pruner.budget.share, pruner.budget.reached) if pruner.budget else None,
         frozen=pruner.frozen(),
         unknown=pruner.unknown_operations(),
     )
-
-
-def _budget(callback: StructuredPruning, first: Forecast, last: Forecast) -> tuple[str, float, float] | None:
-    if not callback.options.budget:
-        return None
-    ((what, asked),) = callback.options.budget.items()
-    before, after = ((each.macs if what == "macs" else each.parameters) for each in (first, last))
-    return what, asked, after / max(before, 1)
 
 
 def _described(inputs: Any) -> str:

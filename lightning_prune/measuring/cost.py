@@ -101,7 +101,9 @@ def measure_cost(model: nn.Module, example_inputs: Any, *, forward_fn: ForwardFn
     )
 
 
-def peak_memory_bytes(model: nn.Module, example_inputs: Any, *, forward_fn: ForwardFn | None = None) -> int:
+def peak_memory_bytes(
+    model: nn.Module, example_inputs: Any, *, forward_fn: ForwardFn | None = None, allocator: bool = True
+) -> int:
     """Measure the memory of an inference forward at its worst moment.
 
     That is parameters, buffers and the intermediate results alive then; the inputs are the caller's and do
@@ -113,6 +115,7 @@ def peak_memory_bytes(model: nn.Module, example_inputs: Any, *, forward_fn: Forw
         model: Any module; left as it was found.
         example_inputs: As for ``measure_cost``.
         forward_fn: ``forward_fn(model, example_inputs)`` replaces the call.
+        allocator: Ask CUDA's allocator where there is one; False: follow the tensors on every device.
 
     Returns:
         Bytes.
@@ -128,7 +131,7 @@ def peak_memory_bytes(model: nn.Module, example_inputs: Any, *, forward_fn: Forw
     held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     gpus = [device for device in _devices(model) if device.type == "cuda"]
     with measured_forward(model, example_inputs, forward_fn) as forward:
-        if gpus:
+        if gpus and allocator:
             forward()  # the first call allocates libraries' workspaces for good
             return int(held) + _peak_allocated_bytes(forward, gpus)
         with _LiveBytes() as live:

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_prune.files import write_whole
 from lightning_prune.reporting.page import page_template
 from lightning_prune.reporting.report import Report
 from lightning_prune.reporting.wording import cell, markdown_table, milliseconds, percent
-from lightning_prune.reporting.writing import write_whole
 
 if TYPE_CHECKING:
     from rich.console import Console

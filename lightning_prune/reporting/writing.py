@@ -6,12 +6,13 @@ import logging
 import os
 from pathlib import Path
 
+from lightning_prune.files import write_whole
 from lightning_prune.reporting.markdown import to_markdown
 from lightning_prune.reporting.page import to_html
 from lightning_prune.reporting.pictures.drawing import draw
 from lightning_prune.reporting.report import Report
 
-__all__ = ["write_report", "write_whole"]
+__all__ = ["write_report"]
 
 log = logging.getLogger(__name__)
 
@@ -39,14 +40,3 @@ def write_report(report: Report, folder: str | os.PathLike[str]) -> tuple[Path, 
     files["report.md"] = to_markdown(report, pictures=pictures, remarks=remarks).encode()
     files["report.json"] = report.to_json().encode()
     return tuple(write_whole(folder / name, data) for name, data in files.items())
-
-
-def write_whole(path: Path, data: bytes) -> Path:
-    """Write a file beside its place and move it there, so that nobody ever sees half of it."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path

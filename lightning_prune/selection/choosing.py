@@ -149,7 +149,12 @@ def living_units(analysis: Analysis, group: Group, alive: Bools) -> Bools:
 
 
 def meet_budget(
-    choose: Callable[[float], Choice], cost: Callable[[Bools], int], wanted: float, name: str, *, strict: bool
+    choose: Callable[[float], Choice],
+    cost: Callable[[Bools], float],
+    wanted: float,
+    name: str,
+    *,
+    tolerance: float = TOLERANCE,
 ) -> Choice:
     """Find the ratio at which a cost is met, by bisection: cost falls as the ratio rises.
 
@@ -158,7 +163,7 @@ def meet_budget(
         cost: Units that stay -> cost.
         wanted: Cost to meet.
         name: Of the budget, for the message.
-        strict: Whether missing it by more than one percentage point of the dense cost is an error.
+        tolerance: Share of the present cost by which it may be missed.
 
     Raises:
         BudgetError: If even the largest ratio leaves more than is wanted; it says what is reachable.
@@ -167,10 +172,9 @@ def meet_budget(
     most, least = cost(low.keep), cost(high.keep)
     if most <= wanted:
         return low
-    margin = TOLERANCE * most if strict else float("inf")
-    if least > wanted + margin:
+    if least > wanted + tolerance * most:
         raise BudgetError(
-            f"budget {name}: {wanted / most:.3f} of {most} was asked, the structure of the model reaches "
+            f"budget {name}: {wanted / most:.3f} of {most:,.8g} was asked, the structure reaches "
             f"{least / most:.3f} at best. Ask for at least {least / most:.3f}, or allow more: fewer "
             "ignored_layers, a higher max_pruning_ratio, prune_num_heads=True."
         )

@@ -329,11 +329,13 @@ class StructuredPruning(Callback):
         return root.get_submodule(self.module or "")
 
     def _targets(self) -> tuple[Target, ...]:
-        if self.options.budget:
-            ((what, share),) = self.options.budget.items()
-            kept = self._progress.kept({"params": "parameters"}.get(what, what))
-            return (Target({"params": "parameters", "macs": "MACs"}.get(what, what) + " kept", share, kept),)
-        return (Target("units removed", self.pruning_ratio, 1 - self._progress.kept("units")),)
+        if not self.options.budget or self.pruner is None:
+            return (Target("units removed", self.pruning_ratio, 1 - self._progress.kept("units")),)
+        budget = self.pruner.budget
+        counted = {"params": "parameters", "macs": "macs"}.get(budget.name)
+        kept = self._progress.kept(counted) if counted else budget.reached
+        words = {"params": "parameters", "macs": "MACs"}.get(budget.name, budget.name)
+        return (Target(f"{words} kept", budget.share, kept),)
 
     def _config(self) -> dict[str, Any]:
         names = ("pruning_ratio", "module", "sparse_start_epoch", "start_epoch", "every_n_epochs")

@@ -1,0 +1,1 @@
+"""What a share may be asked of: one function per budget, in a table."""
