@@ -46,10 +46,11 @@ def build(*words, **options):
 def test_yaml_names_the_class_by_its_path(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(
-        """
+        f"""
 trainer:
   max_epochs: 1
   enable_checkpointing: false
+  default_root_dir: {tmp_path}
   callbacks:
     - class_path: lightning_prune.StructuredPruning
       init_args:
@@ -58,7 +59,7 @@ trainer:
         options:
           round_to: 2
           ignored_layers: ["net.fc"]
-          pruning_ratio_dict: {net.conv: 0.5}
+          pruning_ratio_dict: {{net.conv: 0.5}}
 """
     )
     cli, callback = build(f"--config={file}", run=True)
@@ -66,7 +67,8 @@ trainer:
         round_to=2, ignored_layers=["net.fc"], pruning_ratio_dict={"net.conv": 0.5}
     )
     assert cli.model.net.conv.out_channels == CHANNELS // 2
-    assert callback.report.result is None or callback.report.result.targets[0].asked == 0.25
+    assert callback.report.result.targets[0].asked == 0.25
+    assert (tmp_path / "report.json").exists()
 
 
 def test_the_command_line_knows_the_short_name():

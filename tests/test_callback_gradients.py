@@ -55,6 +55,20 @@ class Manual(Automatic):
             optimizer.step()
 
 
+class ClippedByHand(Manual):
+    """The training step clips the task's gradients itself; the penalty joins them when the optimizer steps."""
+
+    def training_step(self, batch, batch_idx):
+        net, (one, two) = self.net, self.optimizers()
+        for optimizer, held in ((one, (net.conv.weight, net.bn.weight)), (two, (net.fc.weight,))):
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+            self.clip_gradients(optimizer, 0.1, "norm")
+            for weight in held if self.explicit else ():
+                weight.grad += REG * weight.detach()
+            optimizer.step()
+
+
 class Together(Manual):
     """One backward pass, then two steps: no gradient may get its penalty twice."""
 
@@ -79,6 +93,7 @@ CASES = {
     "bf16": (Automatic, {}, lambda: {"precision": "bf16-mixed"}, 1e-6),
     "fp16": (Automatic, {}, half, 1e-5),
     "fp16 accumulated": (Automatic, {}, lambda: {**half(), "accumulate_grad_batches": 2}, 1e-5),
+    "fp16 clipped": (Automatic, {}, lambda: {**half(), "gradient_clip_val": 0.1}, 1e-5),
     "fp16 fused": (Automatic, {"optimizer": "fused"}, half, 1e-4),
     "no loss": (Automatic, {"skip": (1,)}, dict, 1e-6),
     "no loss, first of two": (Automatic, {"skip": (2,)}, lambda: {"accumulate_grad_batches": 2}, 1e-6),
@@ -86,6 +101,22 @@ CASES = {
     "manual": (Manual, {}, dict, 1e-6),
     "fp16 manual": (Manual, {}, half, 1e-5),
     "manual, one backward": (Together, {}, dict, 1e-6),
+    "manual, clipped by hand": (ClippedByHand, {}, dict, 1e-6),
+}
+
+
+GPU_CASES = {
+    "fp32": (Automatic, {}, {}, 1e-5),
+    "accumulated": (Automatic, {}, {"accumulate_grad_batches": 4}, 1e-5),
+    "clipped": (Automatic, {}, {"gradient_clip_val": 0.1}, 1e-5),
+    "bf16": (Automatic, {}, {"precision": "bf16-mixed"}, 1e-4),
+    "fp16": (Automatic, {}, {"precision": "16-mixed"}, 1e-4),
+    "fp16 accumulated": (Automatic, {}, {"precision": "16-mixed", "accumulate_grad_batches": 2}, 1e-4),
+    "fp16 clipped": (Automatic, {}, {"precision": "16-mixed", "gradient_clip_val": 0.1}, 1e-4),
+    "fp16 fused": (Automatic, {"optimizer": "fused"}, {"precision": "16-mixed"}, 1e-3),
+    "manual": (Manual, {}, {}, 1e-5),
+    "fp16 manual": (Manual, {}, {"precision": "16-mixed"}, 1e-4),
+    "fp16 manual, one backward": (Together, {}, {"precision": "16-mixed"}, 1e-4),
 }
 
 
@@ -98,9 +129,8 @@ def train(cls, explicit, options, trainer_options):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        accelerator="cpu",
         callbacks=callbacks,
-        **trainer_options,
+        **{"accelerator": "cpu", **trainer_options},
     )
     trainer.fit(model, data(24))
     return torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -111,6 +141,17 @@ def train(cls, explicit, options, trainer_options):
 def test_equals_an_explicit_loss_term(cls, options, trainer_options, tolerance):
     explicit = train(cls, True, options, trainer_options())
     ours = train(cls, False, options, trainer_options())
+    assert torch.allclose(ours, explicit, rtol=0, atol=tolerance), (ours - explicit).abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("cls", "options", "trainer_options", "tolerance"), GPU_CASES.values(), ids=GPU_CASES
+)
+def test_equals_an_explicit_loss_term_on_a_gpu(cls, options, trainer_options, tolerance):
+    trainer_options = {"accelerator": "gpu", "devices": 1, **trainer_options}
+    explicit = train(cls, True, options, trainer_options)
+    ours = train(cls, False, options, trainer_options)
     assert torch.allclose(ours, explicit, rtol=0, atol=tolerance), (ours - explicit).abs().max()
 
 
