@@ -1,4 +1,7 @@
-"""One rank of a fit, started by test_ranks.py: ``python ranks_worker.py MODE FOLDER``."""
+"""One rank of a fit, started by test_ranks.py: ``python ranks_worker.py MODE FOLDER``.
+
+``popen`` and ``spawn`` name how the other rank starts; the fit is then made in every kind of DDP, one by one.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,16 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from lightning_prune import GroupNormPruner, StructuredPruning
+from lightning_prune import GroupNormPruner, StructuredPruning, checkpoint
+from lightning_prune.training import callback as callbacks_of_ours
 
 EPOCHS = 4
+KINDS = {
+    "default": {},
+    "unused": {"find_unused_parameters": True},
+    "static": {"static_graph": True},
+    "views": {"gradient_as_bucket_view": True},
+}
 RANKS = 2  # and batches that one process accumulates: dividing by 2 rounds nothing
 QUIET = {
     "logger": False,
@@ -112,9 +122,30 @@ def single():
     return model
 
 
+def every_kind(start_method, folder):
+    for kind, options in KINDS.items():
+        torch.manual_seed(0)
+        model = checkpoint.prepare(Net())
+        trainer = Trainer(
+            strategy=DDPStrategy(process_group_backend="gloo", start_method=start_method, **options),
+            devices=RANKS,
+            callbacks=[Pruning(), Writer(Path(folder, f"{start_method}-{kind}-"))],
+            enable_checkpointing=False,
+            **QUIET,
+        )
+        trainer.fit(model)
+        if trainer.global_rank == 0:  # trained weights come back to a process that spawned all ranks
+            Path(folder, f"{start_method}-{kind}-main.txt").write_text(digest(model))
+
+
 def main(mode, folder):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    if mode in ("popen", "spawn"):
+        every_kind(mode, folder)
+        return
+    if mode == "broken":
+        callbacks_of_ours.follow_cut = lambda *args: None
     torch.manual_seed(0)
     saver = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
     sharded = mode in ("sharded", "refused")
@@ -124,7 +155,7 @@ def main(mode, folder):
     trainer = Trainer(
         strategy=ModelParallelStrategy(data_parallel_size=RANKS, tensor_parallel_size=1)
         if sharded
-        else DDPStrategy(process_group_backend="gloo"),
+        else DDPStrategy(process_group_backend="gloo", find_unused_parameters=mode == "broken"),
         devices=RANKS,
         callbacks=callbacks if sharded else [*callbacks, saver],
         enable_checkpointing=not sharded,

@@ -56,7 +56,7 @@ class Manual(Automatic):
 
 
 class ClippedByHand(Manual):
-    """The training step clips the task's gradients itself; the penalty joins them when the optimizer steps."""
+    """The training step clips the task's gradients; the penalty joins them when the optimizer steps."""
 
     def training_step(self, batch, batch_idx):
         net, (one, two) = self.net, self.optimizers()
