@@ -20,15 +20,17 @@ class PruningOptions:
     A layer is named by the module, its name, a glob over names, or its type.
 
     Args:
-        importance: How units are scored, by name or as a callable ``importance(group)``.
+        importance: How units are scored: ``group_norm``, ``l1``, ``l2``, ``lamp``, ``fpgm``, ``bn_scale``,
+            ``random``; by data ``taylor``, ``hessian``, ``activation``; or a callable ``importance(group)``.
         pruning_ratio_dict: Ratio per layer, in [0, 1), instead of the overall one.
         max_pruning_ratio: Largest share to remove of any group, in [0, 1].
-        iterative_pruning_ratio_scheduler: Course of the ratio over the steps, by name or as a callable
-            ``scheduler(ratio, steps)``.
+        iterative_pruning_ratio_scheduler: Course of the ratio over the steps: ``linear``, ``cubic``,
+            ``exponential``, ``one_shot``, or a callable ``scheduler(ratio, steps)``.
         global_pruning: Rank the units of all groups together.
         isomorphic: Rank the units of groups of equal structure together.
-        ignored_layers: Layers whose outputs stay whole.
-        round_to: Keep counts at multiples of it; None: any count.
+        ignored_layers: Layers whose outputs stay whole: names as in ``named_modules()`` or globs
+            (``head.*``); from Python also modules and types.
+        round_to: Keep channel counts at multiples of this; None: any count.
         in_channel_groups: Blocks of a layer's inputs, to be compared with those that the trace found.
         out_channel_groups: Blocks of a layer's outputs, to be compared with those that the trace found.
         num_heads: Attention heads per layer, to be compared with those that the trace found.
@@ -40,7 +42,8 @@ class PruningOptions:
         unwrapped_parameters: Dimension of a bare parameter to prune, instead of the one the trace finds.
         budget: ``{name: share}`` of the dense network to keep, in (0, 1], instead of the ratio; the name is
             ``macs``, ``params``, ``memory`` or ``latency``.
-        normalizer: What brings scores of different groups to one scale, by name or as a callable.
+        normalizer: What brings scores of different groups to one scale: ``mean``, ``max``, ``none``, or a
+            callable.
         include_bias: Count biases in scores and penalty.
         reg: Strength of the sparsity penalty, >= 0.
         alpha: The weakest unit is pressed ``2 ** alpha`` times as hard as the strongest, in [0, 64].

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from lightning.pytorch.cli import LightningCLI
 from test_callback import CHANNELS, Plain, data, pytestmark  # noqa: F401 - same filters
 
 from lightning_prune import PrunedModelCheckpoint, PruningOptions, StructuredPruning
+from lightning_prune.scores.importance import IMPORTANCES
+from lightning_prune.scores.normalizers import NORMALIZERS
+from lightning_prune.selection.schedules import SCHEDULES
 
 QUIET = {
     "logger": "false",
@@ -142,7 +147,10 @@ def test_our_own_errors_come_through(word, match):
         (
             {"cls": Pinned},
             ["--prune.options.help"],
-            ["Keep counts at multiples of it; None: any count.", "(type: int | null, default: null)"],
+            [
+                "Keep channel counts at multiples of this; None: any count.",
+                "(type: int | null, default: null)",
+            ],
         ),
     ],
     ids=["callback", "options"],
@@ -154,3 +162,13 @@ def test_help_says_what_every_argument_means(options, words, sentences, capsys):
     text = " ".join(capsys.readouterr().out.split())
     for sentence in sentences:
         assert sentence in text
+
+
+@pytest.mark.parametrize(
+    "table", [IMPORTANCES, NORMALIZERS, SCHEDULES], ids=["importance", "scale", "course"]
+)
+def test_help_lists_the_names_that_an_option_takes(table, capsys):
+    with pytest.raises(SystemExit):
+        start("--prune.options.help", cls=Pinned)
+    words = set(re.findall(r"[a-z0-9_]+", capsys.readouterr().out))
+    assert set(table) <= words
