@@ -68,8 +68,12 @@ test-oldest: ## Run the fast tests with the oldest dependencies that pyproject.t
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/pins.txt --editable '.[dev]'
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS) tests
 
-zoo: $(VENV)/.zoo ## Prune the networks of timm, torchvision and transformers and compare each with its mask
-	$(WITH_ZOO) $(PYTEST) -n $(JOBS) -m "zoo or zoo_fast" tests
+# Verdicts are kept while the run lasts: after a break, `make zoo RESUME=1` judges what is left.
+VERDICTS := $(VENV)/verdicts
+zoo: $(VENV)/.zoo ## Prune the networks of timm, torchvision and transformers, compare each with its mask, write docs/coverage.md
+	$(if $(RESUME),,rm -rf $(VERDICTS))
+	$(WITH_ZOO) $(BIN)/python tests/zoo/run.py --reasons --jobs $(JOBS) --board $(VERDICTS)
+	ZOO_BOARD=$(VERDICTS) $(WITH_ZOO) $(PYTEST) -m "zoo or zoo_fast" tests/zoo
 
 bench: $(VENV)/.bench ## Measure time and memory and write docs/benchmarks.md (BENCH="--only step": that row alone)
 	$(WITH_ZOO) $(PYTEST) -m bench tests/benchmarks

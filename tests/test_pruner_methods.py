@@ -396,3 +396,24 @@ def test_a_model_changed_behind_the_pruners_back_is_stale() -> None:
 def test_a_value_error_is_also_a_value_error() -> None:
     with pytest.raises(ValueError, match=r"1\.2"):
         GroupNormPruner(mlp(), X, pruning_ratio=1.2)
+
+
+class Bound(nn.Module):
+    """The length of an output is written as the length of something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(5, 8)
+        self.fc, self.fd = nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, z = self.a(x), self.b(x)
+        return self.fc(y) + self.fd(z.reshape(-1, y.shape[-1])), z
+
+
+def test_explain_says_which_count_holds_another():
+    pruner = GroupNormPruner(Bound(), torch.randn(2, 5))
+    lines = pruner.explain("a", 0).splitlines()
+    (held,) = [line for line in lines if line.startswith("Their count follows one of positions that stay: ")]
+    assert "used as a size: reshape (test_pruner_methods.py:" in held
+    assert pruner.step().cuts == ()

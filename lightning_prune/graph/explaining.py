@@ -12,6 +12,7 @@ from scipy.sparse.csgraph import breadth_first_order
 
 from lightning_prune.errors import OptionError
 from lightning_prune.graph.analysis import Analysis
+from lightning_prune.graph.groups import Grid, Group
 from lightning_prune.tracing.labels import FROZEN, Ints, along
 
 SHOWN = 8
@@ -107,7 +108,39 @@ def _ties(analysis: Analysis, name: str, dim: int) -> list[str]:
             lines.append(
                 f"{group.n_units} units of kind {group.kind!r} in group {group.name}, tied with {tied}."
             )
+            held = held_by(analysis, group)
+            if held:
+                lines.append(f"Their count follows one of positions that stay: {held}.")
     return lines
+
+
+def held_by(analysis: Analysis, group: Group) -> str:
+    """Where the count of a group is bound, through other counts or directly, to positions that all stay.
+
+    Returns:
+        The reason of the grid that holds it, one line; empty if none does.
+    """
+    if group.kind == "head":
+        return ""
+    grids, units = _grids(analysis)
+    seen: set[int] = set()
+    reached = set(group.units.tolist())
+    while True:
+        near = [i for i, mine in enumerate(units) if i not in seen and mine & reached]
+        if not near:
+            return ""
+        for i in near:
+            if any((row < 0).all() for row in grids[i].rows):
+                return grids[i].reason
+        seen |= set(near)
+        reached |= set().union(*(units[i] for i in near))
+
+
+@lru_cache(maxsize=2)
+def _grids(analysis: Analysis) -> tuple[list[Grid], list[set[int]]]:
+    """Grids while all heads live, and the units of each."""
+    grids = analysis.constraints.cell_grids(np.ones(len(analysis.graph.unit_of), bool))
+    return grids, [{int(u) for row in grid.rows for u in row.tolist() if u >= 0} for grid in grids]
 
 
 def _tie_reasons(analysis: Analysis, classes: Ints) -> list[str]:

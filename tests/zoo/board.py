@@ -23,6 +23,12 @@ class Board:
         self.server = server
         folder.mkdir(parents=True, exist_ok=True)
 
+    def forget_claims(self) -> None:
+        """Let go what a run that was cut off had begun."""
+        for claim in self.folder.glob("*.claim"):
+            if not claim.with_suffix(".json").exists():
+                claim.unlink()
+
     def verdict(self, name: str) -> Verdict:
         """Judge a case, or wait for the process that is at it."""
         done = self.folder / f"{name.replace('/', '-')}.json"

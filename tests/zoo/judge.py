@@ -53,6 +53,7 @@ class Verdict:
         after: Parameters left.
         analysis: Seconds of processor time of the analysis.
         cut: The same of the step.
+        total: The same of everything, the oracle included.
         unknown: Operations without a rule that the pruner reported.
         kept: ``{reason: ["tensor:dim", ...]}`` of the parameter dimensions that stay.
         trace: Last lines of a traceback.
@@ -65,6 +66,7 @@ class Verdict:
     after: int = 0
     analysis: float = 0.0
     cut: float = 0.0
+    total: float = 0.0
     unknown: list[str] = field(default_factory=list)
     kept: dict[str, list[str]] = field(default_factory=dict)
     trace: list[str] = field(default_factory=list)
@@ -106,11 +108,12 @@ def judge(case: ZooCase, *, reasons: bool = True) -> Verdict:
     verdict = Verdict(case.name)
     stage = "build"
     try:
-        torch.manual_seed(0)
-        model, inputs = randomise(case.build()), case.inputs()
-        verdict.before = verdict.after = count(model)
-        for reached in _stages(case, model, inputs, verdict, reasons):
-            stage = reached
+        with _timed(verdict, "total"):
+            torch.manual_seed(0)
+            model, inputs = randomise(case.build()), case.inputs()
+            verdict.before = verdict.after = count(model)
+            for reached in _stages(case, model, inputs, verdict, reasons):
+                stage = reached
     except OverTimeError:
         verdict.status, verdict.detail = "limit", f"{stage}: more than {SECONDS} s of processor time"
     except MemoryError as error:
@@ -138,13 +141,13 @@ def _stages(case: ZooCase, model: nn.Module, inputs: Any, verdict: Verdict, reas
         pruner = GroupNormPruner(model, inputs, **options)
     verdict.unknown = list(pruner.unknown_operations())
     yield "explain"
-    if reasons:
-        verdict.kept = why_kept(pruner)
+    verdict.kept, held = (why_kept(pruner), why_held(pruner)) if reasons else ({}, {})
     yield "cut"
     with limits(SECONDS), _timed(verdict, "cut"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         plan = pruner.step()
     verdict.after = count(model)
+    verdict.kept |= _left_whole(held, plan)
     yield "run"
     with torch.no_grad():
         got = [t.shape for t in tensors_in(call(copy.deepcopy(model), copied(inputs)))]
@@ -271,6 +274,28 @@ def why_kept(pruner: GroupNormPruner) -> dict[str, list[str]]:
                 reason = _line(pruner.explain(name, dim), 300).removeprefix(f"{name} dim {dim}")
                 table.setdefault(reason, []).append(f"{name}:{dim}")
     return table
+
+
+FOLLOWS = "Their count follows one of positions that stay: "
+
+
+def why_held(pruner: GroupNormPruner) -> dict[str, list[str]]:
+    """Say of what could go by itself, but for a count that is bound to positions that stay, what binds it."""
+    table: dict[str, list[str]] = {}
+    for group in pruner.groups():
+        dims = {f"{m.tensor}:{m.dim}" for m in group.members if not m.is_buffer}
+        told = pruner.explain(group.members[0].tensor, group.members[0].dim).splitlines()
+        reason = next((line.removeprefix(FOLLOWS) for line in told if line.startswith(FOLLOWS)), "")
+        if reason:
+            table.setdefault(f": their count follows one that stays, {_line(reason, 300)}", []).extend(dims)
+    return table
+
+
+def _left_whole(held: Mapping[str, list[str]], plan: Plan) -> dict[str, list[str]]:
+    """Of what is held, the dimensions that were not cut at all."""
+    cut = {f"{c.tensor}:{c.dim}" for c in plan.cuts}
+    whole = {reason: sorted({d for d in dims if d not in cut}) for reason, dims in held.items()}
+    return {reason: dims for reason, dims in whole.items() if dims}
 
 
 def _line(error: object, length: int = 240) -> str:

@@ -171,8 +171,16 @@ def test_roi_align_averages_a_plane_at_the_middle_of_each_bin() -> None:
 
 def test_the_page_names_the_root_and_counts() -> None:
     v = Verdict("lib/a", "exact", "1e-16", before=100, after=30)
-    v.kept = {": 0 of 4 positions can be removed. 4 stay: cat in h.0 (a.py:3) <- add (b.py:1)": ["h.0.w:1"]}
+    v.kept = {
+        ": 0 of 4 positions can be removed. 4 stay: cat in h.0 (a.py:3) <- add (b.py:1)": ["h.0.w:1"],
+        ": 0 of 4 positions can be removed. 4 stay: cat in h.1 (a.py:3) <- add (b.py:1)": ["h.1.w:1"],
+        ": 0 of 3 positions can be removed. 3 stay: position in a kernel: conv2d in c (c.py:5)": ["c.w:2"],
+        ": their count follows one that stays, used as a size: view in h.0 (a.py:9).": ["h.0.v:0"],
+    }
     text = page([v, Verdict("lib/b", "refused", "TraceError: no", before=10, after=10)])
     assert "| lib/a | exact | 100 | 30 | 0.30 |" in text
-    assert "- cat in h.* (a.py:3): `h.*.w:1`" in text
+    assert "- cat in `h.*` (a.py:3): `h.*.w:1`\n" in text
+    assert "- position in a kernel in `c`: `c.w:2`\n" in text
+    assert "- their count follows one that stays, used as a size: view in `h.*` (a.py:9): `h.*.v:0`\n" in text
+    assert "- lib/b: **refused**, TraceError: no\n" in text
     assert "| all | 2 | 1 | 0 | 0 | 1 |" in text
