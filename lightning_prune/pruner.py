@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from lightning_prune.budgets.meeting import Budget
 from lightning_prune.budgets.subject import Subject
 from lightning_prune.errors import OptionError, PruneError, StaleGraphError
-from lightning_prune.graph.analysis import Analysis, analyse, certify
+from lightning_prune.graph.analysis import Analysis, solved
+from lightning_prune.graph.certificate import Trial, UnkeptError, certify, try_out
 from lightning_prune.graph.couplings import Coupling, couplings
 from lightning_prune.graph.explaining import Frozen, explain, list_frozen
 from lightning_prune.graph.groups import Group
@@ -26,7 +27,7 @@ from lightning_prune.scores.evidence import Collector, Reduce
 from lightning_prune.scores.importance import Evidence
 from lightning_prune.scores.ranking import rank
 from lightning_prune.scores.regularizer import Regularizer
-from lightning_prune.selection.choosing import Choice, Chooser, kept_units, living_units
+from lightning_prune.selection.choosing import Choice, Chooser, bound_by, kept_units, living_units
 from lightning_prune.selection.forecast import Forecast, foresee
 from lightning_prune.selection.requests import (
     Targets,
@@ -41,6 +42,9 @@ from lightning_prune.selection.schedules import resolve
 from lightning_prune.surgery.applying import Snapshot, apply
 from lightning_prune.surgery.optimizers import Carrier
 from lightning_prune.surgery.structure import note, plan_of
+from lightning_prune.tracing.numbers import Numbers
+from lightning_prune.tracing.trace import trace
+from lightning_prune.tracing.tracer import Tracer
 
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
@@ -134,6 +138,7 @@ class GroupNormPruner:
         self._initial: dict[str, float] = {}
         self.budget = Budget(budget)
         self._regularizer: Regularizer | None = None
+        self._trial: Trial | None = None
         check_custom(model, customized_pruners)
         self._adopt(self._analyse())
         check_counts(self._analysis, self.options)
@@ -157,7 +162,7 @@ class GroupNormPruner:
         Raises:
             PruneError: If the model is on the meta device and ``dry_run`` is False.
             StaleGraphError: If shapes were changed behind the pruner's back.
-            CertificateError: If the cut did not give a restriction of the model; it was undone.
+            CertificateError: If the cut would not give a restriction of the model. Nothing was changed.
         """
         self._refuse_stale()
         if self.current_step >= self.iterative_steps:
@@ -167,9 +172,7 @@ class GroupNormPruner:
             )
             return Plan()
         self.scores = tuple(self._scores())
-        choice = self._choose(self.current_step + 1, self.scores)
-        plan, notes = self._analysis.plan(choice.keep)
-        self.notes = choice.notes + notes
+        plan, choice = self._settle(self.current_step + 1)
         if dry_run:
             return plan
         capped = [note for note in choice.notes if "max_pruning_ratio" in note]
@@ -187,7 +190,7 @@ class GroupNormPruner:
 
         Raises:
             PlanError: If the plan does not fit. Nothing was changed.
-            CertificateError: If the result is not a restriction of the model. The cut was undone.
+            CertificateError: If the result would not be a restriction of the model. Nothing was changed.
         """
         self._refuse_stale()
         if any(p.is_meta for p in self.model.parameters()):
@@ -196,13 +199,13 @@ class GroupNormPruner:
                 "or load weights first."
             )
         if plan:
-            before, kept = self._analysis, (plan_of(self.model) or self.plan).then(plan)
+            before, trial = self._analysis, self._try_out(plan)
+            plan = trial.plan
+            kept = (plan_of(self.model) or self.plan).then(plan)
             carrier = Carrier.of(optimizers, self.model, plan)
             snapshot = Snapshot.of(self.model, plan)
             apply(self.model, plan)
             try:
-                after = self._analyse()
-                certify(before, after, kept_units(before, plan), plan)
                 carrier.commit()
             except BaseException:  # Ctrl-C too must give the old model back
                 snapshot.restore()
@@ -211,7 +214,7 @@ class GroupNormPruner:
             self._forget_heads(before, plan)
             self.plan = self.plan.then(plan)
             note(self.model, kept)
-            self._adopt(after)
+            self._adopt(trial.after)
         self.current_step += 1
         self._regularizer = None
         return plan
@@ -374,17 +377,54 @@ class GroupNormPruner:
     # -- inside ------------------------------------------------------------------------------------
 
     def _analyse(self) -> Analysis:
-        return analyse(
+        return solved(self.model, self._trace())
+
+    def _trace(
+        self, change: Callable[[nn.Module], None] | None = None, numbers: Numbers | None = None
+    ) -> Tracer:
+        return trace(
             self.model,
             self._example_inputs,
             forward_fn=self.options.forward_fn,
             output_transform=self.options.output_transform,
             custom=self.options.customized_pruners,
             prepare=unwrapped(self.model, self.options.unwrapped_parameters),
+            change=change,
+            numbers=numbers,
         )
 
+    def _settle(self, step: int) -> tuple[Plan, Choice]:
+        """Plan of a step. Sizes that decide what the forward computes with, and cannot, are locked."""
+        locked = np.zeros(self._analysis.graph.n_units, bool)
+        notes: tuple[str, ...] = ()
+        while True:
+            choice = self._choose(step, self.scores, locked)
+            plan, of_configs = self._analysis.plan(choice.keep)
+            self.notes = choice.notes + of_configs + notes
+            if not plan:
+                return plan, choice
+            try:
+                trial = self._try_out(plan)
+            except UnkeptError as error:
+                more = bound_by(self._analysis, error.axes) & ~choice.keep
+                if not more.any():
+                    raise
+                locked |= bound_by(self._analysis, error.axes)
+                notes += (f"sizes stay because numbers computed from them could not be kept: {error}",)
+                continue
+            self.notes += trial.notes
+            return trial.plan, choice
+
+    def _try_out(self, plan: Plan) -> Trial:
+        """Cut a copy, and hold it against the model."""
+        if self._trial is None or self._trial.plan != plan:
+            trial = try_out(self._analysis, plan, self._trace)
+            certify(self._analysis, trial.after, kept_units(self._analysis, plan), plan)
+            self._trial = trial
+        return self._trial
+
     def _adopt(self, analysis: Analysis) -> None:
-        self._analysis = analysis
+        self._analysis, self._trial = analysis, None
         self._shapes = {name: t.shape for name, t in self._tensors()}
         self.collector.of(analysis.groups, include_bias=self.options.include_bias)
         self._head_dims |= {key(g) for g in analysis.groups if g.kind == "head_dim"}
@@ -411,19 +451,20 @@ class GroupNormPruner:
     def _course(self, target: float) -> list[float]:
         return resolve(self.options.iterative_pruning_ratio_scheduler, target, self.iterative_steps)
 
-    def _choose(self, step: int, scores: Sequence[Floats]) -> Choice:
-        """Units that stay after step number ``step``."""
+    def _choose(self, step: int, scores: Sequence[Floats], locked: Bools | None = None) -> Choice:
+        """Units that stay after step number ``step``; units that are locked now stay."""
+        goal = self._goal if locked is None else replace(self._goal, locked=self._goal.locked | locked)
         initial = [self._initial[key(g)] for g in self.groups()]
         chooser = Chooser(self._analysis, scores, initial, self.options)
         course = {r: self._course(r)[step] for r in set(self._goal.ratio)}
         ratios = [course[r] for r in self._goal.ratio]
         if not self.budget:
-            return chooser.choose(self._goal, ratios)
+            return chooser.choose(goal, ratios)
         follows = [a != b for a, b in zip(self._targets(0.25).ratio, self._targets(0.5).ratio, strict=True)]
 
         def choose(ratio: float) -> Choice:
             now = [ratio if f else r for f, r in zip(follows, ratios, strict=True)]
-            return chooser.choose(self._goal, now)
+            return chooser.choose(goal, now)
 
         subject = Subject(
             self.model,

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from lightning_prune.errors import PlanError
 from lightning_prune.plan import Patch
+from lightning_prune.surgery.attention import attention_forward
+from lightning_prune.surgery.numbers import entry
 from lightning_prune.surgery.patches import (
-    attention_forward,
     check_patch,
     install_patch,
     patch_values,
@@ -32,7 +33,8 @@ def heads(module="", num_heads=2, head_dim=4, v_head_dim=4, scale=0.5):
 
 
 def scaled(module="", scale=0.25):
-    return Patch(module, "sdpa_scale", (("scale", scale),))
+    """The default scale of ``Block``, 4 ** -0.5, is replaced."""
+    return Patch(module, "numbers", (entry("scaled_dot_product_attention", 4, 0.5, scale),))
 
 
 def multihead(**kwargs):
@@ -198,14 +200,20 @@ def test_scale_reaches_calls_that_name_none_and_no_others():
     torch.testing.assert_close(F.scaled_dot_product_attention(x, x, x), attend(x, 0.5))
 
 
-def test_an_explicit_scale_is_left_alone():
+def test_a_number_that_was_seen_is_left_alone_and_an_unknown_one_refused():
     class Explicit(nn.Module):
         def forward(self, x):
             return F.scaled_dot_product_attention(x, x, x, scale=0.3)
 
     module, x = Explicit(), torch.randn(2, 5, 4)
-    install_patch(module, scaled(scale=0.9))
+    name, leaf = "scaled_dot_product_attention", 4
+    install_patch(module, Patch("", "numbers", (*scaled().values, entry(name, leaf, 0.3, 0.3))))
     torch.testing.assert_close(module(x), attend(x, 0.3))
+    install_patch(module, scaled(scale=0.9))
+    with pytest.raises(
+        PlanError, match=r"compute with 0\.9 where the pruned model finds 0\.5, but it found 0\.3"
+    ):
+        module(x)
 
 
 def test_the_innermost_of_nested_scales_wins():
@@ -242,20 +250,20 @@ COPIES = {
 
 
 @pytest.mark.parametrize("make", COPIES.values(), ids=COPIES)
-@pytest.mark.parametrize("kind", ["sdpa_scale", "attention"])
+@pytest.mark.parametrize("kind", ["numbers", "attention"])
 def test_copies_compute_alike_and_on_their_own_parameters(kind, make):
-    module, patch = (Block(), scaled(scale=0.9)) if kind == "sdpa_scale" else (multihead(), heads(scale=0.9))
-    args = (torch.randn(2, 5, 4),) if kind == "sdpa_scale" else (randn(5, 2, 8),) * 3
+    module, patch = (Block(), scaled(scale=0.9)) if kind == "numbers" else (multihead(), heads(scale=0.9))
+    args = (torch.randn(2, 5, 4),) if kind == "numbers" else (randn(5, 2, 8),) * 3
     install_patch(module, patch)
     expected = module(*args)
-    expected = expected if kind == "sdpa_scale" else expected[0]
+    expected = expected if kind == "numbers" else expected[0]
     twin = make(module)
     assert type(twin) is type(module)
     with torch.no_grad():
         for p in module.parameters() if make is not copy.copy else ():
             p.zero_()
     got = twin(*args)
-    torch.testing.assert_close(got if kind == "sdpa_scale" else got[0], expected)
+    torch.testing.assert_close(got if kind == "numbers" else got[0], expected)
 
 
 def test_a_patch_changes_neither_state_dict_nor_type_checks_nor_names():
@@ -275,7 +283,7 @@ def test_installing_again_replaces_and_remove_gives_the_stock_back():
     for scale in (0.9, 0.2):
         install_patch(model, scaled("a", scale))
     torch.testing.assert_close(model["a"](x), attend(x, 0.2))
-    assert patch_values(model["a"]) == {"scale": 0.2}
+    assert patch_values(model["a"]) == dict(scaled(scale=0.2).values)
     install_patch(model, heads("b"))
     assert model["b"]._qkv_same_embed_dim is False
     remove_patches(model)
@@ -388,11 +396,11 @@ WRONG = {
     "missing value": (multihead(), Patch("", "attention", (("num_heads", 2),)), "needs the positive numbers"),
     "extra value": (
         Block(),
-        Patch("", "sdpa_scale", (("scale", 1.0), ("x", 1))),
-        "needs the positive numbers",
+        Patch("", "numbers", (*scaled().values, ("x", 1))),
+        "needs entries",
     ),
     "zero": (multihead(), heads(num_heads=0), "needs the positive numbers"),
-    "bool": (Block(), Patch("", "sdpa_scale", (("scale", True),)), "needs the positive numbers"),
+    "text": (Block(), Patch("", "numbers", (("mul 1 0.5", "0.25"),)), "needs entries"),
     "float heads": (multihead(), heads(num_heads=2.0), "needs the positive numbers"),
     "not attention": (Block(), heads(), "only the forward of nn.MultiheadAttention"),
     "own forward": (OwnForward(8, 2), heads(), "only the forward of nn.MultiheadAttention"),

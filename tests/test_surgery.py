@@ -244,10 +244,11 @@ class Attention(nn.Module):
 
 
 ATTENTION_KEEP = tuple(i for block in range(0, 24, 4) for i in range(block, block + 3))
+SCALE = (f"scaled_dot_product_attention 4 {3**-0.5!r}", 0.5)
 ATTENTION_PLAN = Plan(
     cuts=(Cut("0.qkv.weight", 0, 24, ATTENTION_KEEP), Cut("0.qkv.bias", 0, 24, ATTENTION_KEEP)),
     rewrites=(Rewrite("0", "shape[1]", 4, 3),),
-    patches=(Patch("0", "sdpa_scale", (("scale", 0.5),)),),
+    patches=(Patch("0", "numbers", (SCALE,)),),
 )
 
 
@@ -285,7 +286,7 @@ def test_restore_gives_back_every_bit_object_attribute_and_patch(net, x):
     before = fingerprint(model)
     snapshot = Snapshot.of(model, ATTENTION_PLAN)
     apply(model, ATTENTION_PLAN)
-    assert patch_values(model[0]) == {"scale": 0.5}
+    assert patch_values(model[0]) == dict([SCALE])
     snapshot.restore()
     assert fingerprint(model) == before
     assert patch_values(model[0]) is None
@@ -370,7 +371,7 @@ REFUSED = {
     "number for a flag": (wrong([GOOD], rewrites=(Rewrite("bn", "affine", 1, 0),)), "no flag follows a size"),
     "patch": (wrong([GOOD], patches=(Patch("bn", "magic"),)), "unknown kind of patch"),
     "patched module": (
-        wrong([GOOD], patches=(Patch("z", "sdpa_scale", (("scale", 1.0),)),)),
+        wrong([GOOD], patches=(Patch("z", "numbers"),)),
         "no module 'z'",
     ),
 }

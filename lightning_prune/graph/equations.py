@@ -248,11 +248,19 @@ class Constraints:
             target = e.value if e.target is None else count(e.target)
             found = evaluate(e.expr, count, values)
             if found != target:
-                axes = {*mentions(e.expr, "axis"), *(() if e.target is None else (e.target,))}
-                axes |= {self.definitions[a] for a in mentions(e.expr, "attr") if a in self.definitions}
+                axes = {*self.axes_of(e.expr), *(() if e.target is None else (e.target,))}
                 text = f"{found} where {target} are kept, {self.ledger.explain(e.why)}"
                 broken.append(Violation(text, tuple(sorted(axes))))
+        for c in self.graph.tracer.conditions.values():
+            if not c.holds(count, values):
+                text = f"another answer after the cut, {self.ledger.explain(c.why)}"
+                broken.append(Violation(text, self.axes_of(c.left) + self.axes_of(c.right)))
         return broken + self._uneven(alive)
+
+    def axes_of(self, expr: Expr) -> tuple[int, ...]:
+        """Axes that an expression speaks of, also by the attributes that are their lengths."""
+        named = {self.definitions[a] for a in mentions(expr, "attr") if a in self.definitions}
+        return tuple(sorted(mentions(expr, "axis") | named))
 
     def _uneven(self, alive: Bools) -> list[Violation]:
         broken = []

@@ -89,7 +89,9 @@ def origins_of(module: nn.Module, config: Any, paths: list[str]) -> Origins | No
     now = integers_of(config)
     blurred: set[int] = set()
     recorder = Recorder(
-        lambda expr, value: blurred.update(mentions(expr, "attr")), lambda left, right, value: None
+        lambda expr, value: blurred.update(mentions(expr, "attr")),
+        lambda left, right, value: None,
+        lambda *asked: None,
     )
     tracked = {path: Size(now[path], ("attr", i), recorder) for i, path in enumerate(paths)}
     watching = _Making()

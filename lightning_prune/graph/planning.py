@@ -42,7 +42,7 @@ def make_plan(
     plan = Plan(
         cuts=cuts,
         rewrites=_rewrites(graph, values),
-        patches=_attention_patches(model, graph, values, cuts) + _scale_patches(graph, constraints, alive),
+        patches=_attention_patches(model, graph, values, cuts),
         sizes=sizes,
     )
     cosmetic = {(r.module, r.path): r for r in cosmetic_rewrites(model, plan)}
@@ -105,15 +105,6 @@ def _attention_patches(
             assert isinstance(module, nn.MultiheadAttention)
             patches.append(Patch(name, "attention", tuple({**attention_values(module), **sizes}.items())))
     return tuple(patches)
-
-
-def _scale_patches(graph: Graph, constraints: Constraints, alive: Bools) -> tuple[Patch, ...]:
-    count = constraints.counts(alive)
-    patches = {}
-    for s in graph.tracer.scaled:
-        if count(s.axis) != s.size:
-            patches[s.module] = Patch(s.module, "sdpa_scale", (("scale", s.size**-0.5),))
-    return tuple(patches.values())
 
 
 def predicted_macs(graph: Graph, constraints: Constraints, alive: Bools) -> int:

@@ -69,9 +69,8 @@ class Chooser:
             broken = self.analysis.constraints.violations(alive)
             if not broken:
                 return Choice(keep, notes)
-            locked |= self._bound_by(
-                [a for v in broken for a in v.axes], everything=not any(v.axes for v in broken)
-            )
+            axes = [a for v in broken for a in v.axes]
+            locked |= bound_by(self.analysis, axes) if axes else _bound_by_grids(self.analysis)
             goal = replace(goal, locked=locked)
         note = "sizes in the code could not be brought together, nothing is cut: " + "; ".join(
             v.text for v in broken[:3]
@@ -125,18 +124,26 @@ class Chooser:
                 found.append((i, replace(group, units=group.units[lives], members=()), self.scores[i][lives]))
         return found
 
-    def _bound_by(self, axes: Sequence[int], *, everything: bool) -> Bools:
-        """[n_units] units that any of these axes counts."""
-        graph, constraints = self.analysis.graph, self.analysis.constraints
-        mask = np.zeros(graph.n_units, bool)
-        tables = [constraints.axes[a] for a in axes]
-        if everything:
-            tables = [graph.classes.of[rows] for rows, _, _ in graph.tracer.ledger.grids]
-        for table in tables:
-            _, elements = graph.classes.elements(np.unique(table))
-            units = graph.unit_of[elements]
-            mask[units[units >= 0]] = True
-        return mask
+
+def bound_by(analysis: Analysis, axes: Sequence[int]) -> Bools:
+    """[n_units] units that any of these axes counts."""
+    return _units_of(analysis, [analysis.constraints.axes[a] for a in axes])
+
+
+def _bound_by_grids(analysis: Analysis) -> Bools:
+    """[n_units] units that any grid binds."""
+    graph = analysis.graph
+    return _units_of(analysis, [graph.classes.of[rows] for rows, _, _ in graph.tracer.ledger.grids])
+
+
+def _units_of(analysis: Analysis, tables: Sequence[Ints]) -> Bools:
+    graph = analysis.graph
+    mask = np.zeros(graph.n_units, bool)
+    for table in tables:
+        _, elements = graph.classes.elements(np.unique(table))
+        units = graph.unit_of[elements]
+        mask[units[units >= 0]] = True
+    return mask
 
 
 def living_units(analysis: Analysis, group: Group, alive: Bools) -> Bools:

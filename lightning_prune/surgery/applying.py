@@ -15,13 +15,13 @@ from torch.nn.parameter import is_lazy
 from lightning_prune.errors import PlanError
 from lightning_prune.plan import Cut, Plan, Rewrite
 from lightning_prune.surgery.attributes import config_objects, get_path, remember, set_path
-from lightning_prune.surgery.cutting import cut_tensor, set_tensor_data
+from lightning_prune.surgery.cutting import cut_tensor, mask_tensor, set_tensor_data
 from lightning_prune.surgery.patches import check_patch, install_patch, remember_patch
 
-__all__ = ["Snapshot", "apply", "cut_tensor", "set_tensor_data", "validate"]
+__all__ = ["Snapshot", "apply", "cut_tensor", "mask", "set_tensor_data", "validate"]
 
 
-def apply(model: nn.Module, plan: Plan) -> None:
+def apply(model: nn.Module, plan: Plan, *, on_meta: bool = False) -> None:
     """Cut a model in place, as the plan says. Needs no example inputs.
 
     Every parameter and buffer stays the same Python object, tied ones are cut once, gradients are cut along.
@@ -31,6 +31,7 @@ def apply(model: nn.Module, plan: Plan) -> None:
     Args:
         model: The model that the plan was made for, or a freshly built one of the same structure.
         plan: What is kept; an empty plan changes nothing.
+        on_meta: Whether a model without values, on the meta device, may be cut to see its shapes.
 
     Raises:
         PlanError: If any part of the plan does not fit. Nothing was cut.
@@ -42,9 +43,9 @@ def apply(model: nn.Module, plan: Plan) -> None:
     >>> tuple(net(torch.ones(5, 3)).shape), tuple(net[1].weight.shape)
     ((5, 2), (2, 2))
     """
-    targets = _checked(model, plan)
+    targets = _checked(model, plan, on_meta=on_meta)
     pieces = [_Piece.of(target) for target in targets]
-    snapshot = Snapshot.of(model, plan)
+    snapshot = Snapshot.of(model, plan, on_meta=on_meta)
     try:
         for piece in pieces:
             piece.commit()
@@ -57,6 +58,18 @@ def apply(model: nn.Module, plan: Plan) -> None:
         snapshot.restore()
         raise
     _repack_recurrent(model, targets)
+
+
+def mask(model: nn.Module, plan: Plan) -> None:
+    """Put zeros in place, in every parameter, where a plan would cut; nothing changes its shape.
+
+    Raises:
+        PlanError: If the plan does not fit.
+    """
+    buffers = {id(b) for b in model.buffers()}
+    for target in _checked(model, plan, on_meta=True):
+        if not target.tensor.is_meta and id(target.tensor) not in buffers:
+            set_tensor_data(target.tensor, mask_tensor(target.tensor, target.cuts))
 
 
 def validate(model: nn.Module, plan: Plan) -> None:
@@ -84,13 +97,13 @@ class Snapshot:
         self._undos = undos
 
     @staticmethod
-    def of(model: nn.Module, plan: Plan) -> Snapshot:
+    def of(model: nn.Module, plan: Plan, *, on_meta: bool = False) -> Snapshot:
         """Take a snapshot of what ``apply(model, plan)`` would change. It holds the old tensors' memory.
 
         Raises:
             PlanError: If the plan does not fit the model.
         """
-        _checked(model, plan)
+        _checked(model, plan, on_meta=on_meta)
         return Snapshot.across(model, plan)
 
     @staticmethod
@@ -197,7 +210,7 @@ def _remember_tensor(tensor: Tensor) -> Callable[[], None]:
     return undo
 
 
-def _checked(model: nn.Module, plan: Plan) -> list[_Target]:
+def _checked(model: nn.Module, plan: Plan, *, on_meta: bool = False) -> list[_Target]:
     """Check everything, and give each tensor object once with its cuts."""
     if torch.is_inference_mode_enabled():
         raise PlanError(
@@ -208,7 +221,7 @@ def _checked(model: nn.Module, plan: Plan) -> list[_Target]:
     tensors = _named_tensors(model)
     if plan:
         for name, tensor in tensors.items():
-            _check_kind(name, tensor, modules)
+            _check_kind(name, tensor, modules, on_meta=on_meta)
     _check_sizes(tensors, plan)
     targets = list(_targets(tensors, plan.by_tensor()))
     for rewrite in plan.rewrites:
@@ -225,7 +238,7 @@ def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _check_kind(name: str, tensor: Tensor, modules: Mapping[str, nn.Module]) -> None:
+def _check_kind(name: str, tensor: Tensor, modules: Mapping[str, nn.Module], *, on_meta: bool) -> None:
     owner = modules.get(name.rpartition(".")[0])
     where = f"{name} ({type(owner).__name__})"
     if is_lazy(tensor):
@@ -235,7 +248,7 @@ def _check_kind(name: str, tensor: Tensor, modules: Mapping[str, nn.Module]) -> 
         raise PlanError(
             f"{where}: a DTensor, sharded over processes; apply the plan before sharding, or use DDP"
         )
-    if tensor.is_meta:
+    if tensor.is_meta and not on_meta:
         raise PlanError(
             f"{where}: on the meta device, without values; move the model with to_empty() and load it"
         )

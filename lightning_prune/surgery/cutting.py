@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_prune.plan import Cut
 
-__all__ = ["cut_tensor", "set_tensor_data"]
+__all__ = ["cut_tensor", "mask_tensor", "set_tensor_data"]
 
 
 def cut_tensor(tensor: Tensor, cuts: Iterable[Cut]) -> Tensor:
@@ -36,6 +36,19 @@ def cut_tensor(tensor: Tensor, cuts: Iterable[Cut]) -> Tensor:
         keep = torch.tensor(cut.keep, dtype=torch.long, device=tensor.device)
         out = out.index_select(cut.dim, keep) if cut.rows == 1 else _cut_rows(out, cut, keep)
     return out if tensor.layout != torch.strided else _laid_out_like(out, tensor)
+
+
+def mask_tensor(tensor: Tensor, cuts: Iterable[Cut]) -> Tensor:
+    """Give a tensor of the same shape with zeros where the cuts would remove something.
+
+    >>> mask_tensor(torch.ones(2, 3), [Cut("w", 1, 3, (0, 2))]).tolist()
+    [[1.0, 0.0, 1.0], [1.0, 0.0, 1.0]]
+    """
+    places = torch.arange(tensor.numel(), device=tensor.device).reshape(tensor.shape)
+    masked = torch.zeros_like(tensor, memory_format=torch.contiguous_format).flatten()
+    kept = cut_tensor(places, cuts).flatten()
+    masked[kept] = tensor.detach().flatten()[kept]
+    return masked.reshape(tensor.shape)
 
 
 def _cut_rows(tensor: Tensor, cut: Cut, keep: Tensor) -> Tensor:

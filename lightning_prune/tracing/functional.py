@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from lightning_prune.tracing.normalization import channel_norm, group_norm, laye
 from lightning_prune.tracing.pointwise import meet
 from lightning_prune.tracing.rules import function_rule, unknown
 from lightning_prune.tracing.sizes import chunk, place, view
-from lightning_prune.tracing.tracer import Scaled, Tracer
+from lightning_prune.tracing.tracer import Tracer
 
 Run = Callable[..., Any]
 
@@ -153,14 +152,8 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """softmax(q k^T * scale + mask) v, step by step; a default scale is noted because it follows a size."""
-    if scale is None:
-        label = t.tags(query).dims[-1]
-        if label is not None and label.any():
-            axis = t.ledger.axis(label, query.ndim - 1)
-            t.scaled.append(Scaled(t.modules[-1], axis, int(query.shape[-1])))
-    factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
-    t.note_scalars((factor, float(dropout_p)), whole_numbers=False)
+    """softmax(q k^T * scale + mask) v, step by step; a default scale has been written out."""
+    factor = None if scale is None else float(scale)
     if enable_gqa and key.ndim > 2 and key.shape[-3] != query.shape[-3]:
         times = query.shape[-3] // key.shape[-3]
         key, value = repeat_interleave(t, None, key, times, -3), repeat_interleave(t, None, value, times, -3)

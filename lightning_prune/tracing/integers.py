@@ -18,6 +18,13 @@ OPERATORS: dict[str, Callable[[int, int], int]] = {
     "%": operator.mod,
     "**": operator.pow,
 }
+RELATIONS: dict[str, Callable[[Any, Any], bool]] = {
+    "==": operator.eq,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
 
 
 @dataclass(frozen=True)
@@ -30,14 +37,40 @@ class Equation:
     why: int
 
 
+@dataclass(frozen=True)
+class Condition:
+    """``left relation right`` was asked, and what the code did next hangs on the answer."""
+
+    relation: str
+    left: Expr
+    right: Expr
+    answer: bool
+    why: int
+
+    def holds(self, axes: Callable[[int], int], attributes: Mapping[int, int]) -> bool:
+        """True if the answer is still the same."""
+        left, right = evaluate(self.left, axes, attributes), evaluate(self.right, axes, attributes)
+        return RELATIONS[self.relation](left, right) == self.answer
+
+
 class Recorder:
-    """Where a tracked integer reports how it was used. Set by the tracer while it runs."""
+    """Where a tracked integer reports how it was used. Set by the tracer while it runs.
+
+    Args:
+        on_value: A number was computed that is no size any more: (expression, value of it).
+        on_equal: Two sizes were found equal: (left, right, value of both).
+        on_answer: A size was compared: (relation, left, right, answer).
+    """
 
     def __init__(
-        self, on_value: Callable[[Expr, int], None], on_equal: Callable[[Expr, Expr, int], None]
+        self,
+        on_value: Callable[[Expr, int], None],
+        on_equal: Callable[[Expr, Expr, int], None],
+        on_answer: Callable[[str, Expr, Expr, bool], None],
     ) -> None:
         self.on_value = on_value
         self.on_equal = on_equal
+        self.on_answer = on_answer
 
 
 class Size(int):
@@ -65,7 +98,7 @@ class Size(int):
         return Size(value, (symbol, expression(left), expression(right)), self.recorder)
 
     def _as_value(self, symbol: str, left: Any, right: Any) -> Any:
-        """Leave the integers: what is computed from here on changes with the size."""
+        """Leave the integers: what is computed from here on is a number, and kept where it is used."""
         if not isinstance(left, (int, float)) or not isinstance(right, (int, float)):
             return NotImplemented
         self.recorder.on_value(self.expr, int.__int__(self))
@@ -117,18 +150,65 @@ class Size(int):
     def __rpow__(self, other: Any, modulo: int | None = None) -> Any:
         return self._as_value("**", other, self)
 
+    def __rmod__(self, other: Any) -> Any:
+        return NotImplemented if isinstance(other, str) else self._binary("%", other, self)
+
+    def __lshift__(self, other: Any) -> Any:
+        return self._binary("*", self, 1 << other)
+
+    def __rshift__(self, other: Any) -> Any:
+        return self._binary("//", self, 1 << other)
+
     def __neg__(self) -> Size:
         return Size(-int.__int__(self), ("-", ("const", 0), self.expr), self.recorder)
 
+    def __abs__(self) -> Size:
+        return -self if self < 0 else self
+
+    def __round__(self, ndigits: Any = None) -> Any:
+        return self if ndigits is None else self.__int__().__round__(ndigits)
+
+    def __trunc__(self) -> Size:
+        return self
+
+    __floor__ = __ceil__ = __trunc__
+
     def __float__(self) -> float:
+        return float(self.__int__())
+
+    def __int__(self) -> int:
         self.recorder.on_value(self.expr, int.__int__(self))
-        return float(int.__int__(self))
+        return int.__int__(self)
+
+    def __bool__(self) -> bool:
+        return self != 0
+
+    def _compare(self, relation: str, other: Any) -> Any:
+        answer = getattr(int, _METHODS[relation])(self, other)
+        if isinstance(other, int):
+            self.recorder.on_answer(relation, self.expr, expression(other), answer)
+        elif isinstance(other, float):
+            answer = RELATIONS[relation](int.__int__(self), other)
+            self.recorder.on_answer(relation, self.expr, ("const", other), answer)
+        return answer
+
+    def __lt__(self, other: Any) -> Any:
+        return self._compare("<", other)
+
+    def __le__(self, other: Any) -> Any:
+        return self._compare("<=", other)
+
+    def __gt__(self, other: Any) -> Any:
+        return self._compare(">", other)
+
+    def __ge__(self, other: Any) -> Any:
+        return self._compare(">=", other)
 
     def __eq__(self, other: object) -> bool:
-        same = int.__eq__(self, other) is True
-        if same and isinstance(other, Size):
+        if isinstance(other, Size) and int.__eq__(self, other) is True:
             self.recorder.on_equal(self.expr, other.expr, int.__int__(self))
-        return same
+            return True
+        return self._compare("==", other) is True
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -143,6 +223,9 @@ class Size(int):
 
     def __copy__(self) -> Size:
         return self
+
+
+_METHODS = {"==": "__eq__", "<": "__lt__", "<=": "__le__", ">": "__gt__", ">=": "__ge__"}
 
 
 def expression(value: int) -> Expr:
@@ -167,7 +250,7 @@ def evaluate(expr: Expr, axes: Callable[[int], int], attributes: Mapping[int, in
     """
     head = expr[0]
     if head == "const":
-        return int(expr[1])
+        return expr[1]  # type: ignore[no-any-return]
     if head == "axis":
         return axes(expr[1])
     if head == "attr":

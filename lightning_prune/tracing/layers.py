@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import OptionError
-from lightning_prune.surgery.patches import attention_forward, patch_values
+from lightning_prune.surgery.attention import attention_forward
+from lightning_prune.surgery.patches import patch_values
 from lightning_prune.tracing.labels import Tags
 from lightning_prune.tracing.rules import tensors_in
 from lightning_prune.tracing.tracer import Tracer, _tracked

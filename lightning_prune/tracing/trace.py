@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -28,6 +30,7 @@ from lightning_prune.tracing.labels import Site
 from lightning_prune.tracing.layers import replace_layers
 from lightning_prune.tracing.meta import ADVICE as META_ADVICE
 from lightning_prune.tracing.meta import without_floats
+from lightning_prune.tracing.numbers import Numbers
 from lightning_prune.tracing.rules import FUNCTIONS, follow
 from lightning_prune.tracing.stated import watch_stated_widths
 from lightning_prune.tracing.tracer import (
@@ -64,6 +67,8 @@ def trace(
     output_transform: Callable[..., Any] | None = None,
     custom: Any = None,
     prepare: Callable[[Tracer, nn.Module], None] | None = None,
+    change: Callable[[nn.Module], None] | None = None,
+    numbers: Numbers | None = None,
 ) -> Tracer:
     """Run a copy of ``model`` once in eval mode and follow its channels.
 
@@ -74,14 +79,25 @@ def trace(
         output_transform: Picks the tensors of the output that count as outputs.
         custom: ``{type or name: rule}`` for modules that are followed by a rule of the user's.
         prepare: Called with the tracer and the labelled copy before it runs.
+        change: Called with the copy first of all: to cut it, for instance.
+        numbers: Record of what the run computes with, and what it is held against.
 
     Raises:
         TraceError: If the model has lazy parameters, cannot be copied, or fails on the inputs.
     """
     refuse_lazy(model)
-    given = (example_inputs, forward_fn, output_transform or (lambda outputs: outputs), custom, prepare)
-    tracer = _trace(model, *given, share=True)
-    return _trace(model, *given, share=False) if tracer.borrowed.was_written else tracer
+    given = (
+        example_inputs,
+        forward_fn,
+        output_transform or (lambda outputs: outputs),
+        custom,
+        prepare,
+        change,
+    )
+    tracer = _trace(model, *given, numbers or Numbers(), share=True)
+    return (
+        _trace(model, *given, tracer.numbers.anew(), share=False) if tracer.borrowed.was_written else tracer
+    )
 
 
 def _trace(
@@ -91,12 +107,16 @@ def _trace(
     pick: Callable[..., Any],
     custom: Any,
     prepare: Callable[[Tracer, nn.Module], None] | None,
+    change: Callable[[nn.Module], None] | None,
+    numbers: Numbers,
     *,
     share: bool,
 ) -> Tracer:
     """Trace a copy whose parameters lie in the model's own memory, or, if it writes into them, in its own."""
     twin = copy_for_tracing(model, share=share)
-    tracer = Tracer(Borrowed(model if share else None))
+    if change is not None:
+        change(twin)
+    tracer = Tracer(Borrowed(model if share else None), numbers)
     tracer.has_no_floats = any(p.is_meta for p in twin.parameters())
     if tracer.has_no_floats and forward_fn is None:
         example_inputs = without_floats(example_inputs)
@@ -110,6 +130,7 @@ def _trace(
     with undisturbed(), suppress(SharedWriteError):
         _freeze_outputs(tracer, pick(_run(tracer, twin, example_inputs, forward_fn)))
         if set(_unused(tracer)) - tracer.buffers:  # layers that work in training alone: auxiliary heads
+            tracer.numbers.begin("train")
             with suppress(TraceError):
                 _freeze_outputs(tracer, pick(_run(tracer, twin.train(), example_inputs, forward_fn)))
     _settle_parameters(tracer)
@@ -156,15 +177,24 @@ def _run(tracer: Tracer, twin: nn.Module, example_inputs: Any, forward_fn: Calla
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """RNG state, grad mode, autocast and the attention fast path are given back as they were."""
+    """RNG states, grad mode, autocast and the attention fast path are given back as they were.
+
+    Two runs draw the same random numbers, so that what they do can be compared.
+    """
+    drawn, drawn_by_numpy = random.getstate(), np.random.get_state()
     fast_path = torch.backends.mha.get_fastpath_enabled()
     has_gpu = bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
     devices = list(range(torch.cuda.device_count())) if has_gpu else []
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.random.fork_rng(devices=devices), torch.autocast("cpu", enabled=False):
+            torch.manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)
             yield
     finally:
+        random.setstate(drawn)
+        np.random.set_state(drawn_by_numpy)
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -16,21 +16,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_prune.surgery.numbers import computes, name_of
 from lightning_prune.tracing.borrowing import Borrowed
-from lightning_prune.tracing.integers import Equation, Expr, Recorder, Size, mentions
+from lightning_prune.tracing.integers import Condition, Equation, Expr, Recorder, Size, mentions
 from lightning_prune.tracing.labels import Ints, Label, Ledger, Site, Tags, opaque
 from lightning_prune.tracing.meta import run_without_floats
+from lightning_prune.tracing.numbers import Numbers, gives_data, is_read
 
 TAGS = "_lightning_prune_tags"
 _TORCH = str(Path(torch.__file__).parent)
-# What Python computes with whole numbers; C++ picks its own operations by size, which is no news.
-ARITHMETIC = frozenset(
-    f"{prefix}{name}"
-    for prefix in ("", "r", "i")
-    for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "pow", "mod", "remainder", "fmod")
-) | {"multiply", "divide", "subtract", "true_divide", "floor_divide", "full", "fill", "clamp"}
-# The scale in effect counts, whether it was passed or is the default.
-_NOTED_BY_RULE = frozenset({"scaled_dot_product_attention"})
+SIZES = (vars(torch._C.TensorBase)["shape"].__get__, Tensor.size)  # reading a size does nothing
 _HERE = str(Path(__file__).parent.parent)
 _NETWORKS = str(Path(__file__).parent.parent / "models")  # those of the demo are models like any other
 
@@ -45,12 +40,12 @@ class Attribute:
 
 
 @dataclasses.dataclass(frozen=True)
-class Scaled:
-    """A scaled_dot_product_attention call that took its scale from the size of an axis."""
+class Left:
+    """A number was computed from a size; it is kept where it is used, or else the size stays."""
 
     module: str
-    axis: int
-    size: int
+    expr: Expr
+    why: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +68,14 @@ class Unknown:
 class Tracer:
     """State of one trace. Rules receive it as their first argument."""
 
-    def __init__(self, borrowed: Borrowed | None = None) -> None:
+    def __init__(self, borrowed: Borrowed | None = None, numbers: Numbers | None = None) -> None:
         self.ledger = Ledger()
+        self.numbers = Numbers() if numbers is None else numbers
+        self.numbers.site = self.site
         self.attributes: list[Attribute] = []
         self.equations: list[Equation] = []
-        self.scaled: list[Scaled] = []
-        self.scalars: list[tuple[str, tuple[float, ...], Site]] = []
+        self.conditions: dict[tuple[str, Expr, Expr, bool], Condition] = {}
+        self.left: list[Left] = []
         self.work: list[Work] = []
         self.unknown: list[Unknown] = []
         self.leaves: dict[str, tuple[Label | None, ...]] = {}
@@ -96,7 +93,7 @@ class Tracer:
         self.op = ""
         self.borrowed = borrowed or Borrowed()
         self.has_no_floats = False
-        self.recorder = Recorder(self._on_value, self._on_equal)
+        self.recorder = Recorder(self._on_value, self._on_equal, self._on_answer)
         self._site: Site | None = None
         self._lines: dict[tuple[CodeType, int], str] = {}
 
@@ -180,27 +177,19 @@ class Tracer:
             self.equations.append(Equation(expr, None, value, why))
 
     def _on_value(self, expr: Expr, value: int) -> None:
-        self._pin(expr, value, "a value is computed from this size")
+        why = self.why("a value is computed from this size")
+        self.left.append(Left(self.modules[-1], expr, why))
 
     def _on_equal(self, left: Expr, right: Expr, value: int) -> None:
         if left != right:
             why = self.why("compared in the code")
             self.equations.append(Equation(("-", left, right), None, 0, why))
 
-    def note_scalars(self, values: Iterable[Any], *, whole_numbers: bool) -> None:
-        """Remember the plain numbers that an operation computes with.
-
-        Many a number computed from a size leaves no trace (``1.0 / n`` never asks ``n``), but it ends here:
-        after a cut the same numbers must come again.
-        """
-        found = tuple(
-            float(v)
-            for v in values
-            if isinstance(v, float)
-            or (whole_numbers and isinstance(v, int) and not isinstance(v, (bool, Size)))
-        )
-        if found:
-            self.scalars.append((self.op, found, self.site()))
+    def _on_answer(self, relation: str, left: Expr, right: Expr, answer: bool) -> None:
+        key = (relation, left, right, answer)
+        if key not in self.conditions:
+            why = self.why("the code decides by this size")
+            self.conditions[key] = Condition(relation, left, right, answer, why)
 
     # -- where -------------------------------------------------------------------------------------
 
@@ -263,23 +252,29 @@ class Functions(TorchFunctionMode):
         tracer = self.tracer
         if tracer.paused:
             return func(*args, **kwargs)
-        name = getattr(func, "__name__", "").strip("_")
-        tracer.begin(name)
-        if name not in _NOTED_BY_RULE:
-            tracer.note_scalars((*args, *kwargs.values()), whole_numbers=name in ARITHMETIC)
-        tracer.borrowed.watch_function(name, args)
+        tracer.begin(getattr(func, "__name__", str(func)))
+        tracer.borrowed.watch_function(tracer.op.strip("_"), args)
+        if func not in SIZES:
+            args, kwargs = tracer.numbers.meet(func, args, kwargs)
         rule = self.rules.get(func)
         if rule is not None:
-            tracer.begin(getattr(func, "__name__", str(func)))
-            return rule(tracer, func, *args, **kwargs)
-        tracer._site = None
-        out = func(*args, **kwargs)
-        for value in (*args, *kwargs.values()):
-            for item in value if isinstance(value, (tuple, list)) else (value,):
-                if type(item) is Size:
-                    tracer.begin(getattr(func, "__name__", str(func)))
-                    tracer.pin(item, "an argument that is not a size must not change")
+            out = rule(tracer, func, *args, **kwargs)
+        else:
+            out = func(*args, **kwargs)
+            self._pin_sizes(func, args, kwargs)
+        if func not in SIZES and is_read(out):
+            tracer.numbers.read(tracer.op, out)
         return out
+
+    def _pin_sizes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A function without a rule was given a size, and not as a number to compute with."""
+        is_number = computes(name_of(func))
+        for value in (*args, *kwargs.values()):
+            is_list = isinstance(value, (tuple, list))
+            for item in value if is_list else (value,):
+                if type(item) is Size and (is_list or not is_number):
+                    self.tracer.begin(getattr(func, "__name__", str(func)))
+                    self.tracer.pin(item, "an argument that is not a size must not change")
 
 
 @lru_cache(maxsize=4096)
@@ -309,7 +304,16 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not self.tracer.paused:
             self.tracer.begin(_name(func))
             self.follow(self.tracer, func, args, kwargs, out)
+            if gives_data(func):
+                self._note_lengths(out)
         return out
+
+    def _note_lengths(self, out: Any) -> None:
+        """How many elements were found decides how often a loop over them runs."""
+        for tensor in (out,) if isinstance(out, Tensor) else out:
+            dims = self.tracer.tags(tensor).dims
+            lengths = [n for n, label in zip(tensor.shape, dims, strict=True) if label is None]
+            self.tracer.numbers.read(self.tracer.op, lengths)
 
 
 def label_tensors(tracer: Tracer, model: nn.Module) -> None:
@@ -375,6 +379,7 @@ def follow_modules(tracer: Tracer, model: nn.Module) -> None:
 def _enter(tracer: Tracer, name: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any) -> None:
         tracer.modules.append(name)
+        tracer.numbers.enter(name)
 
     return hook
 
@@ -382,6 +387,7 @@ def _enter(tracer: Tracer, name: str) -> Callable[..., None]:
 def _leave(tracer: Tracer) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         tracer.modules.pop()
+        tracer.numbers.leave()
 
     return hook
 
