@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -111,7 +112,7 @@ ASKED: dict[str, tuple[Callable[[Size], Any], bool, str, float]] = {
     "a >= 13": (lambda a: a >= 13, False, ">=", 13),
     "a < 12": (lambda a: a < 12, False, "<", 12),
     "a <= 12": (lambda a: a <= 12, True, "<=", 12),
-    "4 < a": (lambda a: 4 < a, True, ">", 4),
+    "4 < a": (lambda a: operator.lt(4, a), True, ">", 4),
     "a > 11.5": (lambda a: a > 11.5, True, ">", 11.5),
     "a == 12": (lambda a: a == 12, True, "==", 12),
     "a != 12": (lambda a: a != 12, False, "==", 12),

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_prune.plan import Patch
 from lightning_prune.surgery.numbers import entry, is_number, same, substituted, table_of
-from lightning_prune.tracing.numbers import OUTSIDE, Call, Kept, Numbers, Visit
+from lightning_prune.tracing.numbers import OUTSIDE, Call, Kept, Numbers
 
 KIND = "numbers"
 
@@ -33,7 +33,7 @@ def patches_for(numbers: Numbers) -> tuple[Patch, ...]:
             continue
         place = tables.setdefault(k.stack[-1], {}).setdefault((k.name, k.leaf), _Place())
         place.kept.setdefault(k.found, k.kept)
-    for visit, _, call, found in _calls(numbers):
+    for visit, call, found in numbers.calls():
         for module in visit.stack:
             for (name, leaf), place in tables.get(module, {}).items():
                 if name == call.name and leaf < len(found) and is_number(found[leaf]):
@@ -61,7 +61,7 @@ def unkept(numbers: Numbers, patches: Iterable[Patch]) -> list[tuple[str, str]]:
     tables = {p.module: table_of(dict(p.values)) for p in patches if p.kind == KIND}
     sites = {(k.stack, k.name, k.leaf, k.found): k for k in numbers.kept}
     wrong: dict[tuple[str, str], None] = {}
-    for visit, _, call, found in _calls(numbers):
+    for visit, call, found in numbers.calls():
         now = found
         for module in reversed(visit.stack):
             changes = substituted(tables.get(module, {}), call.name, now)
@@ -79,10 +79,3 @@ def _told(call: Call, leaf: int, found: Any, got: Any, kept: Kept | None) -> str
     if kept.stack[-1] == OUTSIDE:
         return f"{kept.kept} became {found} outside of every module: {kept.site}"
     return f"{kept.kept} became {found}, which is also met as another number there: {kept.site}"
-
-
-def _calls(numbers: Numbers) -> Iterable[tuple[Visit, int, Call, tuple[Any, ...]]]:
-    for visits in numbers.visits.values():
-        for visit in visits:
-            for i, call in enumerate(visit.calls):
-                yield visit, i, call, visit.found.get(i, call.leaves)

@@ -261,7 +261,7 @@ def _plain(value: Any) -> Any:
 
 
 class KeptNumbers(TorchFunctionMode):
-    """Give kept numbers to the calls that found others. A nested one is nearer to the call, so it comes first.
+    """Give kept numbers to the calls that found others. A nested one is nearer to the call: it comes first.
 
     Pairs that are equal say what else was seen in that place. A number that is in no pair can be one that
     follows the inputs too; if a wanted one is missing then, ``close`` refuses.
@@ -312,7 +312,7 @@ class KeptNumbers(TorchFunctionMode):
                 is_met = any((n, i) == (name, index) and same(m, found) for n, i, m in self.met)
                 if not same(found, kept) and not is_met:
                     raise PlanError(
-                        f"{where}: {name} was to compute with {kept} where the pruned model finds {found}, but "
-                        f"it found {number}. The number follows the inputs as well as a size that was cut. "
-                        "Compute it in __init__, or prune with these layers in ignored_layers"
+                        f"{where}: {name} was to compute with {kept} where the pruned model finds {found}, "
+                        f"but it found {number}. The number follows the inputs as well as a size that was "
+                        "cut. Compute it in __init__, or prune with these layers in ignored_layers"
                     )

@@ -1,14 +1,15 @@
 """What a forward computes with beside tensors, place by place, and how it is held against an earlier run.
 
 A pruned model has to do what the dense one does: the same operations in the same modules, with the same
-plain numbers; sizes alone follow. One run writes everything down, another one is held against it while it goes. A number
-that differs has followed a size. The run goes on with the number as it was, and remembers where.
+plain numbers; sizes alone follow. One run writes everything down, another one is held against it while it
+goes. A number that differs has followed a size. The run goes on with the number as it was, and remembers
+where.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -147,6 +148,14 @@ class Numbers:
             or not all(_follows(a, b) or same(a, b) for a, b in zip(earlier.leaves, leaves, strict=True))
         ):
             self.data_differ = True
+
+    def calls(self) -> Iterator[tuple[Visit, Call, tuple[Any, ...]]]:
+        """Every call of the runs that the reference knows too: visit, call, leaves as they were found."""
+        phases = {phase for phase, _ in (self.reference or self).visits}
+        for (phase, _), visits in self.visits.items():
+            for visit in visits if phase in phases else ():
+                for i, call in enumerate(visit.calls):
+                    yield visit, call, visit.found.get(i, call.leaves)
 
     def equals(self, other: Numbers) -> bool:
         """True if another run did the same."""
