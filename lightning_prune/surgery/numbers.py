@@ -123,6 +123,8 @@ def leaves(name: str, args: Arguments, kwargs: Keywords) -> tuple[Any, ...]:
 def _collect(value: Any, whole: bool, found: list[Any]) -> None:
     if isinstance(value, (tuple, list)):
         found.append((len(value),))
+        if all(isinstance(item, Tensor) for item in value):
+            return
         for item in value:
             _collect(item, False, found)
     elif isinstance(value, slice):
@@ -177,6 +179,8 @@ def replaced(
 def _rebuilt(value: Any, at: list[int], changes: Mapping[int, Any]) -> Any:
     if isinstance(value, (tuple, list)):
         at[0] += 1
+        if all(isinstance(item, Tensor) for item in value):
+            return value
         items = [_rebuilt(item, at, changes) for item in value]
         if hasattr(value, "_fields"):
             return type(value)(*items)

@@ -88,6 +88,7 @@ class Numbers:
         self.kept: list[Kept] = []
         self.partings: list[Parting] = []
         self.data_differ = False
+        self._pieces: set[tuple[Any, Any]] = set()
         self.site: Callable[[], Site] = lambda: Site("", "", "")
         self.begin("")
 
@@ -157,6 +158,13 @@ class Numbers:
                 for i, call in enumerate(visit.calls):
                     yield visit, call, visit.found.get(i, call.leaves)
 
+    def give(self, what: str, number: int) -> None:
+        """A function gave a number of tensors, such as pieces of a dimension, which may follow its size."""
+        leaves = ((number,),)
+        earlier = self._note(f"the pieces of {what}", leaves)
+        if earlier is not None and earlier.leaves != leaves:
+            self._pieces.add((earlier.leaves[0], leaves[0]))
+
     def equals(self, other: Numbers) -> bool:
         """True if another run did the same."""
         mine, theirs = self.visits, other.visits
@@ -196,7 +204,7 @@ class Numbers:
             self._part(f"{earlier.name} is called with other arguments")
             return changes
         for i, (was, now) in enumerate(zip(earlier.leaves, leaves, strict=True)):
-            if _follows(was, now) or same(was, now):
+            if _follows(was, now) or same(was, now) or (was, now) in self._pieces:
                 continue
             if not is_number(was) or not is_number(now):
                 self._part(f"{earlier.name} is called with {now!r} in the place of {was!r}")
@@ -243,6 +251,13 @@ def gives_data(function: Any) -> bool:
 
 def is_read(value: Any) -> bool:
     """Whether a function gave Python something to decide by."""
-    if isinstance(value, list):
-        return not any(isinstance(v, Tensor) for v in value)
-    return isinstance(value, (bool, int, float, complex))
+    return isinstance(value, (bool, int, float, complex, list)) and not _are_tensors(value)
+
+
+def are_pieces(value: Any) -> bool:
+    """Whether a function gave several tensors."""
+    return isinstance(value, (tuple, list)) and _are_tensors(value)
+
+
+def _are_tensors(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value)

@@ -88,7 +88,7 @@ def _note(t: Tracer, place: tuple[str, str], value: Any, width: int) -> None:
         return
     with t.silently():
         dims = [d for d, n in enumerate(value.shape) if n == int.__int__(width)]
-    if len(dims) == 1:
-        label = t.tags(value).dims[dims[0]]
-        axis = None if label is None or not label.any() else t.ledger.axis(label, dims[0])
-        t.stated.setdefault(place, set()).add(axis)
+        if len(dims) == 1:
+            label = t.tags(value).dims[dims[0]]
+            axis = None if label is None or not label.any() else t.ledger.axis(label, dims[0])
+            t.stated.setdefault(place, set()).add(axis)

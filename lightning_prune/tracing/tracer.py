@@ -21,7 +21,7 @@ from lightning_prune.tracing.borrowing import Borrowed
 from lightning_prune.tracing.integers import Condition, Equation, Expr, Recorder, Size, mentions
 from lightning_prune.tracing.labels import Ints, Label, Ledger, Site, Tags, opaque
 from lightning_prune.tracing.meta import run_without_floats
-from lightning_prune.tracing.numbers import Numbers, gives_data, is_read
+from lightning_prune.tracing.numbers import Numbers, are_pieces, gives_data, is_read
 
 TAGS = "_lightning_prune_tags"
 _TORCH = str(Path(torch.__file__).parent)
@@ -264,6 +264,8 @@ class Functions(TorchFunctionMode):
             self._pin_sizes(func, args, kwargs)
         if func not in SIZES and is_read(out):
             tracer.numbers.read(tracer.op, out)
+        elif are_pieces(out):
+            tracer.numbers.give(tracer.op, len(out))
         return out
 
     def _pin_sizes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
