@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -244,6 +245,7 @@ def _alike(a: Visit, b: Visit) -> bool:
     )
 
 
+@lru_cache(maxsize=4096)
 def gives_data(function: Any) -> bool:
     """Whether what a primitive operation gives has a shape that hangs on values."""
     return torch.Tag.dynamic_output_shape in function.tags
