@@ -416,4 +416,5 @@ def test_explain_says_which_count_holds_another():
     lines = pruner.explain("a", 0).splitlines()
     (held,) = [line for line in lines if line.startswith("Their count follows one of positions that stay: ")]
     assert "used as a size: reshape (test_pruner_methods.py:" in held
-    assert pruner.step().cuts == ()
+    with pytest.warns(UserWarning, match="used as a size: reshape"):
+        assert pruner.step().cuts == ()
