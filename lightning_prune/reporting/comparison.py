@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_prune.files import write_whole
+from lightning_prune.reporting.console import wide_console
 from lightning_prune.reporting.page import page_template
 from lightning_prune.reporting.report import Report
 from lightning_prune.reporting.wording import cell, markdown_table, milliseconds, percent
@@ -40,7 +41,6 @@ def print_comparison(reports: Mapping[str, Report], console: Console | None = No
         console: Where to; None = standard output.
     """
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -49,7 +49,7 @@ def print_comparison(reports: Mapping[str, Report], console: Console | None = No
         table.add_column(name, justify="left" if place < 2 else "right", overflow="fold")
     for line in comparison_cells(reports):
         table.add_row(*map(Text, line))
-    (console or Console()).print(table)
+    (console or wide_console()).print(table)
 
 
 def write_comparison(reports: Mapping[str, Report], folder: str | os.PathLike[str]) -> tuple[Path, ...]:

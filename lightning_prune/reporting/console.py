@@ -10,7 +10,17 @@ from lightning_prune.reporting.sections import target_cells
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["print_report"]
+__all__ = ["print_report", "wide_console"]
+
+PIPE_WIDTH = 160  # of lines that go to no terminal
+
+
+def wide_console() -> Console:
+    """Give standard output; where it is no terminal, lines are long enough for wide tables."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPE_WIDTH)
 
 
 def print_report(report: Report, console: Console | None = None) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lightning_prune.graph.explaining import Frozen
+from lightning_prune.reporting.console import wide_console
 from lightning_prune.reporting.sections import frozen_cells
 from lightning_prune.reporting.wording import percent
 from lightning_prune.selection.forecast import Forecast
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = ["GroupOutlook", "Outlook", "print_outlook", "with_progress"]
-
-PIPE_WIDTH = 160  # of lines that go to no terminal
 
 
 @dataclass(frozen=True)
@@ -99,10 +98,9 @@ def print_outlook(outlook: Outlook, console: Console | None = None) -> None:
         outlook: What to print.
         console: Where to; None = standard output.
     """
-    from rich.console import Console
     from rich.text import Text
 
-    console = console or Console(width=None if Console().is_terminal else PIPE_WIDTH)
+    console = console or wide_console()
     console.print(Text(f"{outlook.model}, traced with {outlook.inputs}\n"))
     _print_table(
         console,
