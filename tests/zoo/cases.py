@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ class ZooCase:
         options: Options of the pruner beyond the ratio; the cases of the zoo proper have none.
         counts: Whether dimension 0 of the outputs counts what was found, which the weights decide.
         generates: Whether ``generate()`` has to run after the cut.
+        shapes: Shapes after the cut, by hand: which sizes really go, and that nothing else does.
     """
 
     name: str
@@ -32,6 +33,7 @@ class ZooCase:
     options: dict[str, Any] = field(default_factory=dict)
     counts: bool = False
     generates: bool = False
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @torch.no_grad()

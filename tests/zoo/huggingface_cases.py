@@ -181,7 +181,9 @@ _PICTURES: dict[str, tuple[str, str, dict[str, Any], int]] = {
 def transformers() -> Any:
     """Import the library, after the torchvision that it imports where it finds one."""
     import_torchvision()
-    return import_module("transformers")
+    library = import_module("transformers")
+    library.logging.disable_progress_bar()
+    return library
 
 
 def _build(config: str, model: str, sizes: dict[str, Any]) -> nn.Module:
@@ -331,16 +333,179 @@ _PARTS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], bool]] = {
     "sam": (_sam, _prompted, False),
 }
 
+# Shapes after half is gone, by hand, of the first layer (they start with its name where that is left out):
+# 64 wide -> 32; 128 (256) inner channels -> 64 (128); 8 rotary pairs -> 4, so heads of 16 are heads of 8.
+_LLAMA = {
+    "model.embed_tokens.weight": (WORDS, 32),
+    "self_attn.q_proj.weight": (4 * 8, 32),
+    "self_attn.k_proj.weight": (2 * 8, 32),
+    "self_attn.v_proj.weight": (2 * 8, 32),
+    "self_attn.o_proj.weight": (32, 4 * 8),
+    "model.rotary_emb.inv_freq": (4,),
+}
+_FFN = {
+    "mlp.gate_proj.weight": (64, 32),
+    "mlp.up_proj.weight": (64, 32),
+    "mlp.down_proj.weight": (32, 64),
+}
+_GEMMA3 = {n.replace("inv_freq", "sliding_attention_inv_freq"): s for n, s in _LLAMA.items()}
+_KEPT: dict[str, dict[str, tuple[int, ...]]] = {
+    **{key: {**_LLAMA, **_FFN} for key in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")},
+    "gemma3": {**_GEMMA3, **_FFN},
+    "phi3": {
+        "model.embed_tokens.weight": (WORDS, 32),
+        "self_attn.qkv_proj.weight": ((4 + 2 + 2) * 8, 32),
+        "self_attn.o_proj.weight": (32, 4 * 8),
+        "mlp.gate_up_proj.weight": (2 * 64, 32),
+        "mlp.down_proj.weight": (32, 64),
+        "model.rotary_emb.inv_freq": (4,),
+    },
+    "gpt2": {
+        "transformer.wte.weight": (WORDS, 32),
+        "attn.c_attn.weight": (32, 3 * 4 * 8),
+        "attn.c_proj.weight": (4 * 8, 32),
+        "mlp.c_fc.weight": (32, 128),
+        "mlp.c_proj.weight": (128, 32),
+    },
+    "gpt_neox": {  # a quarter of its 16 head dimensions rotate: 2 pairs
+        "gpt_neox.embed_in.weight": (WORDS, 32),
+        "attention.query_key_value.weight": (3 * 4 * 8, 32),
+        "attention.dense.weight": (32, 4 * 8),
+        "mlp.dense_h_to_4h.weight": (64, 32),
+        "mlp.dense_4h_to_h.weight": (32, 64),
+        "gpt_neox.rotary_emb.inv_freq": (1,),
+    },
+    "opt": {
+        "model.decoder.embed_tokens.weight": (WORDS, 32),
+        **{f"self_attn.{n}_proj.weight": (4 * 8, 32) for n in "qkv"},
+        "self_attn.out_proj.weight": (32, 4 * 8),
+        "fc1.weight": (64, 32),
+        "fc2.weight": (32, 64),
+    },
+    "bloom": {
+        "transformer.word_embeddings.weight": (WORDS, 32),
+        "self_attention.query_key_value.weight": (3 * 4 * 8, 32),
+        "self_attention.dense.weight": (32, 4 * 8),
+        "mlp.dense_h_to_4h.weight": (128, 32),
+        "mlp.dense_4h_to_h.weight": (32, 128),
+    },
+    "falcon": {
+        "transformer.word_embeddings.weight": (WORDS, 32),
+        "self_attention.query_key_value.weight": ((4 + 2 + 2) * 8, 32),
+        "self_attention.dense.weight": (32, 4 * 8),
+        "mlp.dense_h_to_4h.weight": (128, 32),
+        "mlp.dense_4h_to_h.weight": (32, 128),
+        "transformer.rotary_emb.inv_freq": (4,),
+    },
+    "mixtral": {
+        **_LLAMA,
+        "mlp.gate.weight": (4, 32),
+        "mlp.experts.gate_up_proj": (4, 2 * 64, 32),
+        "mlp.experts.down_proj": (4, 32, 64),
+    },
+    "qwen2_moe": {
+        **_LLAMA,
+        "mlp.gate.weight": (4, 32),
+        "mlp.experts.gate_up_proj": (4, 2 * 16, 32),
+        "mlp.experts.down_proj": (4, 32, 16),
+        "mlp.shared_expert.up_proj.weight": (32, 32),
+    },
+    "deepseek_v3": {  # 3 of 4 pairs can go, which are taken from index 1 on: 2 of them stay beside the first
+        "model.embed_tokens.weight": (WORDS, 32),
+        "self_attn.q_a_proj.weight": (16, 32),
+        "self_attn.q_b_proj.weight": (4 * (8 + 2 * 3), 16),
+        "self_attn.kv_a_proj_with_mqa.weight": (8 + 2 * 3, 32),
+        "self_attn.kv_b_proj.weight": (4 * (8 + 8), 8),
+        "self_attn.o_proj.weight": (32, 4 * 8),
+        **_FFN,
+        "model.rotary_emb.inv_freq": (3,),
+    },
+    "mamba": {
+        "backbone.embeddings.weight": (WORDS, 32),
+        "mixer.in_proj.weight": (2 * 64, 32),
+        "mixer.x_proj.weight": (4 + 2 * 4, 64),
+        "mixer.dt_proj.weight": (64, 4),
+        "mixer.A_log": (64, 4),
+        "mixer.out_proj.weight": (32, 64),
+    },
+}
+# Half of the kv heads with their query heads, of 16 dimensions each; everything else stays.
+_LLAMA_HEADS = {
+    "model.embed_tokens.weight": (WORDS, 64),
+    "self_attn.q_proj.weight": (2 * 16, 64),
+    "self_attn.k_proj.weight": (1 * 16, 64),
+    "self_attn.v_proj.weight": (1 * 16, 64),
+    "self_attn.o_proj.weight": (64, 2 * 16),
+}
+_KEPT_HEADS: dict[str, dict[str, tuple[int, ...]]] = {
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "mixtral", "qwen2_moe"),
+        _LLAMA_HEADS,
+    ),
+    "phi3": {
+        "self_attn.qkv_proj.weight": ((2 + 1 + 1) * 16, 64),
+        "self_attn.o_proj.weight": (64, 2 * 16),
+    },
+    "gpt2": {"attn.c_attn.weight": (64, 3 * 2 * 16), "attn.c_proj.weight": (2 * 16, 64)},
+    "gpt_neox": {
+        "attention.query_key_value.weight": (3 * 2 * 16, 64),
+        "attention.dense.weight": (64, 2 * 16),
+        "gpt_neox.rotary_emb.inv_freq": (2,),
+    },
+    "opt": {
+        **{f"self_attn.{n}_proj.weight": (2 * 16, 64) for n in "qkv"},
+        "self_attn.out_proj.weight": (64, 2 * 16),
+    },
+    "falcon": {
+        "self_attention.query_key_value.weight": ((2 + 1 + 1) * 16, 64),
+        "self_attention.dense.weight": (64, 2 * 16),
+    },
+    "deepseek_v3": {
+        "self_attn.q_b_proj.weight": (2 * (16 + 8), 32),
+        "self_attn.kv_b_proj.weight": (2 * (16 + 16), 16),
+        "self_attn.o_proj.weight": (64, 2 * 16),
+    },
+}
+_LAYERS = {
+    "gpt2": "transformer.h.0.",
+    "gpt_neox": "gpt_neox.layers.0.",
+    "opt": "model.decoder.layers.0.",
+    "bloom": "transformer.h.0.",
+    "falcon": "transformer.h.0.",
+    "mamba": "backbone.layers.0.",
+}
+
+
+def _whole_names(name: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Put the name of the first layer before what has none."""
+    layer = _LAYERS.get(name, "model.layers.0.")
+    root = layer.partition(".")[0] + "."
+    return {n if n.startswith(root) else layer + n: shape for n, shape in shapes.items()}
+
+
 _HEADS = {"pruning_ratio": 0.0, "prune_num_heads": True, "head_pruning_ratio": 0.5}
 _WITHOUT_HEADS = ("mamba", "bloom")
 
 HUGGINGFACE = [
     *(
-        ZooCase(f"huggingface/{name}", partial(_build, *spec), _ids, generates=True)
+        ZooCase(
+            f"huggingface/{name}",
+            partial(_build, *spec),
+            _ids,
+            generates=True,
+            shapes=_whole_names(name, _KEPT[name]),
+        )
         for name, spec in _CAUSAL.items()
     ),
     *(
-        ZooCase(f"huggingface/{name}+heads", partial(_build, *spec), _ids, options=_HEADS, generates=True)
+        ZooCase(
+            f"huggingface/{name}+heads",
+            partial(_build, *spec),
+            _ids,
+            options=_HEADS,
+            generates=True,
+            shapes=_whole_names(name, _KEPT_HEADS[name]),
+        )
         for name, spec in _CAUSAL.items()
         if name not in _WITHOUT_HEADS
     ),

@@ -6,10 +6,11 @@ import copy
 import math
 import resource
 import signal
+import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ from zoo.cases import ZooCase, randomise
 from zoo.doubles import InDouble, Survivors, adapt
 from zoo.truths import false_attributes
 
-from lightning_prune import GroupNormPruner, Plan
+from lightning_prune import GroupNormPruner, Plan, from_pretrained
 from lightning_prune.errors import PruneError
 
 SECONDS = 120  # of processor time, for the analysis and for the cut
@@ -156,20 +157,29 @@ def _stages(case: ZooCase, model: nn.Module, inputs: Any, verdict: Verdict, reas
         raise WrongError(f"output shapes {[list(s) for s in shapes]} became {[list(s) for s in got]}")
     yield "exact"
     verdict.detail = f"{error_of(dense, model, plan, inputs):.1e}"
+    yield from _manners(case, dense, model, inputs, verdict, pruner.notes)
+
+
+def _manners(
+    case: ZooCase, dense: nn.Module, model: nn.Module, inputs: Any, verdict: Verdict, notes: Sequence[str]
+) -> Iterator[str]:
+    """What an exact model has to do besides: tell the truth, save itself, learn and generate."""
     yield "attributes"
-    false = false_attributes(dense, model, inputs, notes=pruner.notes)
+    false = false_attributes(dense, model, inputs, notes=notes)
+    yield "files"
+    check_files(model, inputs)
     yield "gradients"
     check_gradients(case, model)
     if case.generates:
         yield "generate"
         check_generates(model, inputs)
     least = LEAST if not case.options else 0.01
-    verdict.status = "exact" if verdict.after <= (1 - least) * verdict.before else "not shrunk"
+    other = other_shapes(case, model)
+    verdict.status = "exact" if verdict.after <= (1 - least) * verdict.before and not other else "not shrunk"
+    verdict.detail += f"; {other}" if other else ""
     if false:
-        verdict.status, verdict.detail = (
-            "untrue",
-            f"exact, but {len(false)} attributes: {'; '.join(false[:3])}",
-        )
+        verdict.status = "untrue"
+        verdict.detail = f"exact, but {len(false)} attributes: {'; '.join(false[:3])}"
 
 
 @contextmanager
@@ -244,6 +254,32 @@ def check_gradients(case: ZooCase, model: nn.Module) -> None:
     model.eval()
     if bad:
         raise WrongError(f"gradients that are not finite: {', '.join(bad[:3])}")
+
+
+def other_shapes(case: ZooCase, model: nn.Module) -> str:
+    """Compare with the shapes that the case expects; the first difference."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, shape in case.shapes.items():
+        found = tuple(tensors[name].shape) if name in tensors else ()
+        if found != shape:
+            return f"{name} has shape {list(found)}, by hand it is {list(shape)}"
+    return ""
+
+
+@torch.no_grad()
+def check_files(model: Any, inputs: Any) -> None:
+    """A model that saves itself comes back from its files, bit for bit."""
+    if not (hasattr(model, "save_pretrained") and hasattr(type(model), "config_class")):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded = from_pretrained(type(model), folder)
+    runs = []
+    for one in (model, loaded):
+        torch.manual_seed(0)
+        runs.append(tensors_in(call(copy.deepcopy(one), copied(inputs))))
+    if len(runs[0]) != len(runs[1]) or not all(map(torch.equal, *runs)):
+        raise WrongError("the model computes something else once it was saved and loaded")
 
 
 @torch.no_grad()

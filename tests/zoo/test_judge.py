@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,20 @@ from nets import Net, conv, image
 from torch import Tensor, nn
 from torch.nn import functional
 from zoo.cases import ZooCase, draw, randomise
+from zoo.catalogue import CASES
 from zoo.doubles import InDouble
-from zoo.judge import OverTimeError, Verdict, WrongError, check_gradients, error_of, judge, limits
+from zoo.judge import (
+    OverTimeError,
+    Verdict,
+    WrongError,
+    check_files,
+    check_generates,
+    check_gradients,
+    error_of,
+    judge,
+    limits,
+    other_shapes,
+)
 from zoo.operators import nms, roi_align
 from zoo.page import page
 from zoo.truths import false_attributes
@@ -130,6 +144,67 @@ def test_attributes_that_lie_are_found() -> None:
     pruned[0].out_features = 5
     assert false_attributes(dense, dense, draw(2, 3)) == []
     assert false_attributes(dense, pruned, draw(2, 3)) == ["0: out_features is 5, the weight says 4"]
+
+
+# -- Hugging Face models -------------------------------------------------------------------------------
+
+
+def _language_model() -> tuple[Any, Any, GroupNormPruner]:
+    pytest.importorskip("transformers")
+    case = CASES["huggingface/llama"]
+    dense = randomise(case.build())
+    model = copy.deepcopy(dense)
+    pruner = GroupNormPruner(model, case.inputs(), pruning_ratio=0.5, round_to=4)
+    pruner.step()
+    return dense, model, pruner
+
+
+def test_a_config_that_does_not_tell_all_is_found_where_no_note_says_so() -> None:
+    dense, model, pruner = _language_model()
+    ids = CASES["huggingface/llama"].inputs()
+    assert false_attributes(dense, model, ids, notes=pruner.notes) == []
+    assert "computes something else" in false_attributes(dense, model, ids)[0]  # other frequencies
+    model.config.hidden_size = 40
+    assert "config says [96, 40]" in false_attributes(dense, model, ids)[0]
+    found = false_attributes(dense, model, ids, notes=("config cannot tell, it says [1] for lm_head.bias, ",))
+    assert "the note names no difference" in found[0]
+
+
+def test_a_needless_note_is_found() -> None:
+    dense, _, _ = _language_model()
+    ids, note = CASES["huggingface/llama"].inputs(), "config gives the sizes, but not the scales"
+    assert false_attributes(dense, dense, ids) == []
+    assert "tells everything, and yet" in false_attributes(dense, dense, ids, notes=(note,))[0]
+
+
+def test_shapes_other_than_by_hand_are_found() -> None:
+    _, model, _ = _language_model()
+    case = CASES["huggingface/llama"]
+    assert other_shapes(case, model) == ""
+    case = replace(case, shapes={"lm_head.weight": (96, 31)})
+    assert other_shapes(case, model) == "lm_head.weight has shape [96, 32], by hand it is [96, 31]"
+
+
+def test_files_that_lose_something_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model, _ = _language_model()
+    ids = CASES["huggingface/llama"].inputs()
+    check_files(model, ids)
+    monkeypatch.setattr("zoo.judge.from_pretrained", lambda cls, path: cls.from_pretrained(path))
+    with pytest.raises(WrongError, match="once it was saved and loaded"):
+        check_files(model, ids)
+
+
+def test_a_cache_that_goes_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model, _ = _language_model()
+    ids = CASES["huggingface/llama"].inputs()
+    check_generates(model, ids)
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda **asked: (generate(**asked) + 1) % 96)
+    with pytest.raises(WrongError, match="full passes"):
+        check_generates(model, ids)
+    monkeypatch.setattr(model, "generate", lambda **asked: asked["input_ids"])
+    with pytest.raises(WrongError, match="nothing new"):
+        check_generates(model, ids)
 
 
 class _Backbone(nn.Sequential):
