@@ -203,7 +203,7 @@ class GroupNormPruner:
             plan = trial.plan
             kept = (plan_of(self.model) or self.plan).then(plan)
             carrier = Carrier.of(optimizers, self.model, plan)
-            snapshot = Snapshot.of(self.model, plan)
+            snapshot = Snapshot.across(self.model, plan)
             apply(self.model, plan)
             try:
                 carrier.commit()
@@ -211,7 +211,7 @@ class GroupNormPruner:
                 snapshot.restore()
                 raise
             self.collector.follow(plan)
-            self._forget_heads(before, plan)
+            self._forget_heads(before, kept_units(before, plan))
             self.plan = self.plan.then(plan)
             note(self.model, kept)
             self._adopt(trial.after)
@@ -495,9 +495,9 @@ class GroupNormPruner:
             rank([], {}, importance=self.options.importance, nan_policy=self.options.nan_policy)
             self.collector.check(self.pressed_groups())
 
-    def _forget_heads(self, before: Analysis, plan: Plan) -> None:
+    def _forget_heads(self, before: Analysis, keep: Bools) -> None:
         """What went with its head no longer counts among the initial units."""
-        keep = kept_units(before, plan)
+        keep = keep.copy()
         for group in before.groups:
             if group.kind != "head":
                 keep[group.units] = True

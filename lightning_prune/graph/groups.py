@@ -133,7 +133,7 @@ class Graph:
         everything = np.arange(len(alive))
         position, element = self.classes.elements(everything)
         result = np.ones(len(alive), bool)
-        np.logical_and.at(result, position, alive[element])
+        result[position[~alive[element]]] = False
         return result
 
 

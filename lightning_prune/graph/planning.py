@@ -76,8 +76,8 @@ def _cut(place: Place, alive: Bools) -> Cut | None:
     if kept.all():
         return None
     rows, size = place.classes.shape
-    keep = tuple(int(i) for row in kept for i in np.flatnonzero(row))
-    return Cut(place.tensor, place.dim, size, keep, rows)
+    keep = np.flatnonzero(kept) % size  # row after row
+    return Cut(place.tensor, place.dim, size, tuple(keep.tolist()), rows)
 
 
 def _rewrites(graph: Graph, values: dict[int, int]) -> tuple[Rewrite, ...]:

@@ -6,7 +6,7 @@ One small pure function each, all of one signature, in the table ``IMPORTANCES``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -48,6 +48,8 @@ class Evidence:
             ``get_state()`` to resume.
         memo: Sums over one dimension of one tensor, kept while several groups share that dimension.
             Leave it empty: ``rank`` makes one that lives as long as the weights stand still.
+        wanted: Per tensor, the (dim, rows) pairs that some group asks for; all come from one pass. ``rank``
+            lists them.
     """
 
     include_bias: bool = False
@@ -56,6 +58,7 @@ class Evidence:
     activations: Mapping[str, Tensor] = field(default_factory=dict)
     generator: torch.Generator = field(default_factory=_generator)
     memo: dict[tuple[str, str, int, int], Tensor] | None = None
+    wanted: Mapping[str, Collection[tuple[int, int]]] = field(default_factory=dict)
 
 
 Need: TypeAlias = Literal["gradients", "squared_gradients", "activations"]
@@ -148,12 +151,13 @@ def _sum_of(
 
     def per_position(member: Member) -> Tensor:
         key = (what, member.tensor, member.dim, member.rows)
-        if evidence.memo is not None and key in evidence.memo:
-            return evidence.memo[key]
-        sums = position_sums(values(member.tensor), member.dim, member.rows)
-        if evidence.memo is not None:
-            evidence.memo[key] = sums
-        return sums
+        if evidence.memo is None:
+            return position_sums(values(member.tensor), member.dim, member.rows)
+        if key not in evidence.memo:
+            found = values(member.tensor)
+            for dim, rows in {(member.dim, member.rows), *evidence.wanted.get(member.tensor, ())}:
+                evidence.memo[what, member.tensor, dim, rows] = position_sums(found, dim, rows)
+        return evidence.memo[key]
 
     members = scored_members(group, tensors, include_bias=evidence.include_bias)
     with torch.no_grad():

@@ -54,7 +54,10 @@ def rank(
     check_importance(importance)
     check_normalizer(normalizer)
     zero = nan_policy == "zero"
-    evidence = replace(evidence or Evidence(), memo={})
+    wanted: dict[str, set[tuple[int, int]]] = {}
+    for member in (m for g in groups for m in g.members if not m.is_buffer):
+        wanted.setdefault(member.tensor, set()).add((member.dim, member.rows))
+    evidence = replace(evidence or Evidence(), memo={}, wanted=wanted)
     scores = [score(importance, group, tensors, evidence) for group in groups]
     bad = [i for i, s in enumerate(scores) if not bool(s.isfinite().all())]
     if bad:

@@ -201,18 +201,17 @@ def meet_budget(
 
 def kept_units(analysis: Analysis, plan: Plan) -> Bools:
     """[n_units] True for units of which a plan keeps something in every member."""
-    cuts = {(c.tensor, c.dim): c for c in plan.cuts}
+    lives: dict[tuple[str, int], Bools] = {}
+    for cut in plan.cuts:
+        table = lives[cut.tensor, cut.dim] = np.zeros((cut.rows, cut.size), bool)
+        table[np.repeat(np.arange(cut.rows), cut.kept), cut.keep] = True
     keep = np.ones(analysis.graph.n_units, bool)
     for group in analysis.groups:
         for m in group.members:
-            cut = cuts.get((m.tensor, m.dim))
-            lives = np.ones(m.rows * m.size, bool)
-            if cut is not None:
-                lives = np.zeros((cut.rows, cut.size), bool)
-                for r, kept in enumerate(cut.by_row()):
-                    lives[r, list(kept)] = True
-                lives = np.broadcast_to(lives, (m.rows, m.size)).ravel()
-            any_left = np.zeros(group.n_units, bool)
-            np.logical_or.at(any_left, m.unit, lives[m.index])
-            keep[group.units] &= any_left
+            left = lives.get((m.tensor, m.dim))
+            if left is not None:
+                stays = np.broadcast_to(left, (m.rows, m.size)).ravel()[m.index]
+                any_left = np.zeros(group.n_units, bool)
+                any_left[m.unit[stays]] = True
+                keep[group.units] &= any_left
     return keep

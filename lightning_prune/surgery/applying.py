@@ -45,7 +45,7 @@ def apply(model: nn.Module, plan: Plan, *, on_meta: bool = False) -> None:
     """
     targets = _checked(model, plan, on_meta=on_meta)
     pieces = [_Piece.of(target) for target in targets]
-    snapshot = Snapshot.of(model, plan, on_meta=on_meta)
+    snapshot = Snapshot.across(model, plan)
     try:
         for piece in pieces:
             piece.commit()

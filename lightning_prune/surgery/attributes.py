@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -115,7 +116,8 @@ def config_objects(config: object, path: str = "") -> Iterator[tuple[str, Any]]:
         pending += [(f"{where}{k}.", v) for k, v in vars(one).items() if k.endswith("config")]
 
 
-def _parse(path: str) -> list[Token]:
+@lru_cache(maxsize=4096)
+def _parse(path: str) -> tuple[Token, ...]:
     tokens: list[Token] = []
     end = 0
     for part in _PART.finditer(path):
@@ -128,10 +130,10 @@ def _parse(path: str) -> list[Token]:
             tokens.append(("item", int(part["index"]) if part["index"] is not None else part["key"]))
     if end != len(path) or not tokens or tokens[0][0] != "attr" or path.startswith("."):
         raise PlanError(f"{path!r} is no path; write an attribute: num_heads, shape[0], config.width")
-    return tokens
+    return tuple(tokens)
 
 
-def _follow(root: object, tokens: list[Token], path: str) -> Any:
+def _follow(root: object, tokens: tuple[Token, ...], path: str) -> Any:
     value: Any = root
     for kind, key in tokens:
         try:
@@ -141,7 +143,7 @@ def _follow(root: object, tokens: list[Token], path: str) -> Any:
     return value
 
 
-def _holder(root: object, path: str) -> tuple[Any, str, list[Token]]:
+def _holder(root: object, path: str) -> tuple[Any, str, tuple[Token, ...]]:
     """Split a path into the object to assign to, its attribute, and the items below that."""
     tokens = _parse(path)
     last = max(i for i, (kind, _) in enumerate(tokens) if kind == "attr")
@@ -149,7 +151,7 @@ def _holder(root: object, path: str) -> tuple[Any, str, list[Token]]:
     return _follow(root, tokens[:last], path), tokens[last][1], tokens[last + 1 :]
 
 
-def _rebuilt(container: Any, items: list[Token], value: Scalar) -> Any:
+def _rebuilt(container: Any, items: tuple[Token, ...], value: Scalar) -> Any:
     if not items:
         return value
     key = items[0][1]
@@ -298,10 +300,8 @@ def _shapes_after(model: nn.Module, plan: Plan) -> dict[int, tuple[int, ...]]:
 def _of_module(
     name: str, module: nn.Module, after: Mapping[int, tuple[int, ...]], done: Mapping[str, Scalar]
 ) -> Iterator[Rewrite]:
-    own = {
-        **dict(module.named_parameters(recurse=False)),
-        **dict(module.named_buffers(recurse=False)),
-    }
+    tables = (module._parameters, module._buffers)
+    own = {key: t for table in tables for key, t in table.items() if t is not None}
     parametrized = getattr(module, "parametrizations", None)
     if isinstance(parametrized, nn.ModuleDict):  # the tensor is computed; its largest source has its shape
         for key, sources in parametrized.items():

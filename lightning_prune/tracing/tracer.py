@@ -208,11 +208,10 @@ class Tracer:
         frame: FrameType | None = sys._getframe(2)
         while frame is not None:
             code = frame.f_code
-            name = code.co_filename
-            if name.startswith(_NETWORKS) or not name.startswith((_TORCH, _HERE, "<")):
+            if _is_of_a_network(code):
                 key = (code, frame.f_lasti)
                 if key not in self._lines:
-                    self._lines[key] = f"{Path(name).name}:{frame.f_lineno}"
+                    self._lines[key] = f"{Path(code.co_filename).name}:{frame.f_lineno}"
                 return self._lines[key]
             frame = frame.f_back
         return ""
@@ -235,6 +234,12 @@ class Tracer:
             else:
                 axes.append(self.ledger.axis(label, dim))
         self.work.append(Work(constant, tuple(axes), self.modules[-1]))
+
+
+@lru_cache(maxsize=4096)
+def _is_of_a_network(code: CodeType) -> bool:
+    name = code.co_filename
+    return name.startswith(_NETWORKS) or not name.startswith((_TORCH, _HERE, "<"))
 
 
 class Functions(TorchFunctionMode):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lightning_prune.errors import TraceError
 from lightning_prune.measuring.cost import measure_cost
 from lightning_prune.measuring.measured import describe_machine, describe_versions, measure_pair
+from lightning_prune.measuring.speedup import account_for_speed
 from lightning_prune.plan import Plan
 from lightning_prune.pruner import GroupNormPruner
 from lightning_prune.reporting.console import print_report
@@ -241,6 +242,14 @@ class FitReport:
             forward_fn=example.forward_fn,
             min_run_time_s=self.seconds,
         )
+        speed = account_for_speed(
+            pair["dense"],
+            pair["pruned"],
+            example.inputs,
+            time=_left(before.latency_ms, after.latency_ms),
+            macs=_left(before.macs, after.macs),
+            forward_fn=example.forward_fn,
+        )
         seed = os.environ.get("PL_GLOBAL_SEED")
         return Report(
             dense=before,
@@ -258,6 +267,7 @@ class FitReport:
             timeline=self._timeline,
             cuts=self._cuts,
             spreads=self._spreads,
+            speed=speed,
         )
 
     def _scores(
@@ -372,3 +382,8 @@ def _channels(dense: nn.Module, pruned: nn.Module) -> dict[str, tuple[int, int]]
                     getattr(layer, attribute),
                 )
     return widths
+
+
+def _left(before: float | None, after: float | None) -> float:
+    """Share that is left; all of it where nothing was measured."""
+    return after / before if before and after is not None else 1.0

@@ -18,6 +18,7 @@ LISTED = ("resnet50", "densenet121", "vit_b_16", "swin_t", "convnext_tiny", "lla
 
 def analysis(settings: Settings) -> Iterator[Figure]:
     """Graph build and one listing of groups, also where Torch-Pruning then cuts a model that cannot run."""
+    ratios = []
     for name in settings.pick(LISTED):
         subject = build(name, seed=settings.seed, device=settings.device)
         unlisted = cannot_list(subject)
@@ -28,8 +29,12 @@ def analysis(settings: Settings) -> Iterator[Figure]:
         }
         if unlisted:
             del jobs["theirs"]
-        taken = in_turns(jobs, rounds=settings.rounds, device="cpu")
-        yield _compared("analysis", "analysis, ours / theirs", name, taken, limit=1.0, note=note)
+        taken = in_turns(jobs, rounds=settings.rounds, device=settings.device)
+        figure = _compared("analysis", "analysis, ours / theirs", name, taken, limit=2.0, note=note)
+        if figure.value is not None:
+            ratios.append(figure.value.median)
+        yield figure
+    yield from _geometric_mean("analysis", ratios)
 
 
 def step(settings: Settings) -> Iterator[Figure]:
@@ -45,16 +50,21 @@ def step(settings: Settings) -> Iterator[Figure]:
         reason = cannot_prune(subject)
         if reason:
             del jobs["theirs"]
-        taken = in_turns(jobs, rounds=settings.rounds, device="cpu")
+        taken = in_turns(jobs, rounds=settings.rounds, device=settings.device)
         what = "score, select, cut, certificate: ours / theirs"
         figure = _compared("step", what, name, taken, limit=None, note=reason)  # the mean is judged
         if figure.value is not None:
             ratios.append(figure.value.median)
         yield figure
+    yield from _geometric_mean("step", ratios)
+
+
+def _geometric_mean(row: str, ratios: list[float]) -> Iterator[Figure]:
+    """Sum a row up; in brackets the smallest and the largest model's ratio."""
     if ratios:
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
         value = Spread(min(ratios), mean, max(ratios))
-        yield Figure("step", "geometric mean", "the same, smallest to largest model", value, "x", 1.0)
+        yield Figure(row, "geometric mean", "the same, smallest to largest ratio", value, "x", 1.0)
 
 
 def _compared(

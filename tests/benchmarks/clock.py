@@ -38,19 +38,26 @@ class Spread:
         return Spread(self.low * factor, self.median * factor, self.high * factor)
 
 
+LEAST = 3  # rounds that even the slowest jobs get
+PATIENCE = 45.0  # seconds after which the rest is left out
+
+
 def in_turns(jobs: Mapping[str, Callable[[], Job]], *, rounds: int, device: str) -> dict[str, list[float]]:
     """Time each job once per round, after one round that does not count.
 
     Args:
         jobs: Name -> preparation, which is not timed and gives the function that is.
-        rounds: Number of rounds, >= 1.
+        rounds: Number of rounds, >= 1; slow jobs get fewer.
         device: ``cpu`` reads the wall clock, ``cuda`` the events of its stream.
 
     Returns:
         Name -> [rounds] seconds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    began = perf_counter()
     for turn in range(rounds + 1):
+        if turn > LEAST and perf_counter() - began > PATIENCE:
+            break
         for name, prepare in jobs.items():
             job = prepare()
             gc.collect()  # nobody pays for another's garbage
@@ -67,6 +74,31 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> Spread:
     2.0
     """
     return Spread.of([a / b for a, b in zip(over, under, strict=True)])
+
+
+class Marks:
+    """Moments of a run that nobody may hold up: read from the wall, or noted by the stream of a GPU."""
+
+    def __init__(self, device: str) -> None:
+        self._is_cuda = device == "cuda"
+        self._marks: list[Any] = []
+
+    def note(self) -> None:
+        """Note this moment."""
+        if self._is_cuda:
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Give the time between neighbours; waits for a GPU."""
+        pairs = zip(self._marks, self._marks[1:], strict=False)
+        if not self._is_cuda:
+            return [b - a for a, b in pairs]
+        torch.cuda.synchronize()
+        return [float(a.elapsed_time(b)) / 1e3 for a, b in pairs]
 
 
 def _on_cpu(job: Job) -> float:

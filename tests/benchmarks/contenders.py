@@ -76,13 +76,26 @@ def _logits(output: Any) -> Any:
     return output.logits.sum()
 
 
+_KNOWN: dict[tuple[str, str], str] = {}  # several rows ask, and it takes a minute to find no end
+
+
 def cannot_list(subject: Subject) -> str:
     """Say why Torch-Pruning cannot list the groups; nothing if it can."""
-    return _complaint(partial(their_groups, subject))
+    key = ("list", subject.name)
+    if key not in _KNOWN:
+        _KNOWN[key] = _complaint(partial(their_groups, subject))
+    return _KNOWN[key]
 
 
 def cannot_prune(subject: Subject) -> str:
     """Say why Torch-Pruning cannot prune this model; nothing if the pruned one runs and is smaller."""
+    key = ("prune", subject.name)
+    if key not in _KNOWN:
+        _KNOWN[key] = cannot_list(subject) or _prune_complaint(subject)
+    return _KNOWN[key]
+
+
+def _prune_complaint(subject: Subject) -> str:
     model = copy.deepcopy(subject.model)
     before = sum(p.numel() for p in model.parameters())
 

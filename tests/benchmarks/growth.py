@@ -20,19 +20,20 @@ def growth(settings: Settings) -> Iterator[Figure]:
             continue
         taken: dict[str, list[list[float]]] = {"analysis": [], "step": []}
         for depth in depths:
-            found = _times(make(depth, device=settings.device), max(3, settings.rounds // 3))
+            subject = make(depth, device=settings.device)
+            found = _times(subject, max(3, settings.rounds // 3), settings.device)
             for what, seconds in found.items():
                 taken[what].append(seconds)
         for what, table in taken.items():
             yield _figure(family, what, depths, table)
 
 
-def _times(subject: Subject, rounds: int) -> dict[str, list[float]]:
+def _times(subject: Subject, rounds: int, device: str) -> dict[str, list[float]]:
     def fresh() -> Job:
         return ours(subject, copy.deepcopy(subject.model)).step
 
     jobs: dict[str, Callable[[], Job]] = {"analysis": lambda: lambda: ours(subject), "step": fresh}
-    return in_turns(jobs, rounds=rounds, device="cpu")
+    return in_turns(jobs, rounds=rounds, device=device)
 
 
 def _figure(family: str, what: str, depths: Sequence[int], table: list[list[float]]) -> Figure:

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.clock import Spread
+from benchmarks.clock import Marks, Spread
 from benchmarks.figure import Figure, Settings
 from benchmarks.subjects import build
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_prune import StructuredPruning
 
@@ -46,19 +46,21 @@ class Alternate(Callback):
     Bare steps and steps with the callback so share the model, its weights, the data and the hour.
     """
 
-    def __init__(self, pruning: StructuredPruning) -> None:
+    def __init__(self, pruning: StructuredPruning, device: str) -> None:
         self.pruning = pruning
-        self.seconds: dict[bool, list[float]] = {True: [], False: []}
-        self._steps, self._since = 0, 0.0
+        self._marks, self._active = Marks(device), list[bool]()
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        now, active = perf_counter(), self.pruning in trainer.callbacks  # type: ignore[attr-defined]
-        if self._steps >= WARM_UP:
-            self.seconds[active].append(now - self._since)
-        self._steps += 1
-        if self._steps >= WARM_UP:
+        active = self.pruning in trainer.callbacks  # type: ignore[attr-defined]
+        self._active.append(active)
+        if len(self._active) >= WARM_UP:
             trainer.callbacks = [self] if active else [self.pruning, self]  # type: ignore[attr-defined]
-        self._since = perf_counter()
+        self._marks.note()
+
+    def seconds(self, *, active: bool) -> list[float]:
+        """Seconds of the steps with the callback, or of those without; warm-up left out."""
+        ended = zip(self._active[1:], self._marks.seconds(), strict=True)
+        return [taken for was, taken in list(ended)[WARM_UP - 1 :] if was == active]
 
 
 class Idle(Callback):
@@ -90,13 +92,11 @@ def training(settings: Settings) -> Iterator[Figure]:
     """Steps in the sparse phase beside bare ones, batch 32 at 112 px."""
     for name in settings.pick(MODELS):
         pruning = StructuredPruning(start_epoch=NEVER)
-        watch = Alternate(pruning)
+        watch = Alternate(pruning, settings.device)
         _fit(name, settings, [pruning, watch], steps=WARM_UP + 2 * settings.rounds, batch=32, size=112)
-        pairs = list(zip(watch.seconds[True], watch.seconds[False], strict=False))
-        value = Spread.of([100 * (a / b - 1) for a, b in pairs])
-        times = {
-            kind: Spread.of(watch.seconds[on]).times(1e3) for kind, on in (("with", True), ("bare", False))
-        }
+        with_it, bare = watch.seconds(active=True), watch.seconds(active=False)
+        value = Spread.of([100 * (a / b - 1) for a, b in zip(with_it, bare, strict=False)])
+        times = {"with": Spread.of(with_it).times(1e3), "bare": Spread.of(bare).times(1e3)}
         what = "extra time of a training step in the sparse phase, batch 32 at 112 px"
         yield Figure("training", name, what, value, "%", 3.0, times)
 
@@ -167,8 +167,8 @@ def _fit(
     name: str, settings: Settings, callbacks: list[Callback], *, steps: int, batch: int, size: int
 ) -> Classifier:
     subject = build(name, seed=settings.seed, batch=batch, size=size)
-    images = subject.inputs.repeat(steps, 1, 1, 1) if steps * batch < 64 else subject.inputs
-    data = TensorDataset(images, torch.randint(0, 10, (len(images),)))
+    one = TensorDataset(subject.inputs, torch.randint(0, 10, (batch,)))
+    data = Subset(one, [i % batch for i in range(steps * batch)])  # one epoch, no end of one in between
     module = Classifier(subject.model.train())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice on workers and loggers
