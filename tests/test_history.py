@@ -148,6 +148,16 @@ def test_couplings_of_a_residual_stream():
     ]
 
 
+def test_couplings_of_heads_lead_through_splits_and_merges():
+    pruner = GroupNormPruner(ViT(dim=16, depth=1), torch.ones(1, 1, 8, 8), prune_num_heads=True)
+    (heads,) = (group for group in pruner.groups() if group.kind == "head")
+    attn = "blocks.0.attn"
+    assert [Coupling(c.left, c.right, c.reason.partition(" (")[0]) for c in pruner.couplings(heads)] == [
+        Coupling((f"{attn}.qkv.bias", 0), (f"{attn}.qkv.weight", 0), f"bias of: linear in {attn}.qkv"),
+        Coupling((f"{attn}.qkv.weight", 0), (f"{attn}.proj.weight", 1), f"contracted: linear in {attn}.proj"),
+    ]
+
+
 def test_what_is_frozen_is_counted_with_its_reason():
     pruner = GroupNormPruner(Block().eval(), torch.ones(1, 3, 5, 5))
     found = {

@@ -48,16 +48,18 @@ def couplings(analysis: Analysis, group: Group) -> tuple[Coupling, ...]:
 
 
 def _owners(analysis: Analysis, places: list[tuple[str, int]]) -> Ints:
-    """[n_atoms] number of the place whose positions an atom is, or is a row or cell of; else -1."""
+    """[n_atoms] number of the place whose positions an atom is, splits or merges; else -1."""
     ledger = analysis.graph.tracer.ledger
     owner = np.full(ledger.count, -1, np.int64)
     for number, (tensor, dim) in enumerate(places):
         atoms = atoms_of(analysis, tensor, dim)
         if atoms is not None:
             owner[atoms.ravel()] = number
-    for rows, cells, leaves in ledger.ands:
-        for part in (rows, cells):
-            free = owner[part] < 0
-            owner[part[free]] = owner[leaves[free]]
+    known = -1
+    while known != (known := int((owner >= 0).sum())):  # through splits of splits, and what was merged again
+        for rows, cells, leaves in ledger.ands:
+            for there, here in ((rows, leaves), (cells, leaves), (leaves, rows)):
+                free = owner[there] < 0
+                owner[there[free]] = owner[here[free]]
     owner[FROZEN] = -1
     return owner
