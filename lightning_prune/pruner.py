@@ -126,7 +126,7 @@ class GroupNormPruner:
         self.options = PruningOptions(**given)
         self.pruning_ratio = check_ratio("pruning_ratio", pruning_ratio)
         self.iterative_steps = iterative_steps
-        self._example_inputs = example_inputs
+        self.example_inputs = example_inputs
         self._course(self.pruning_ratio)
         self.plan = Plan()
         self.current_step = 0
@@ -172,7 +172,7 @@ class GroupNormPruner:
             )
             return Plan()
         self.scores = tuple(self._scores())
-        plan, choice = self._settle(self.current_step + 1)
+        plan, choice = self.settle(lambda locked: self._choose(self.current_step + 1, self.scores, locked))
         if dry_run:
             return plan
         capped = [note for note in choice.notes if "max_pruning_ratio" in note]
@@ -222,6 +222,21 @@ class GroupNormPruner:
     def groups(self) -> tuple[Group, ...]:
         """Groups of units that can be removed now."""
         return self._analysis.groups
+
+    @property
+    def analysis(self) -> Analysis:
+        """The graph of the model as it is."""
+        return self._analysis
+
+    @property
+    def goal(self) -> Targets:
+        """Final ratios, scopes and locks, as the options ask."""
+        return self._goal
+
+    def chooser(self, scores: Sequence[Floats] | None = None) -> Chooser:
+        """Give what chooses units by scores, by default those of the weights as they are."""
+        initial = [self._initial[key(g)] for g in self.groups()]
+        return Chooser(self._analysis, self._scores() if scores is None else scores, initial, self.options)
 
     def pressed_groups(self) -> tuple[Group, ...]:
         """Groups that the ratios reach: sparse learning presses them. Ignored ones and ratio 0 are out."""
@@ -384,7 +399,7 @@ class GroupNormPruner:
     ) -> Tracer:
         return trace(
             self.model,
-            self._example_inputs,
+            self.example_inputs,
             forward_fn=self.options.forward_fn,
             output_transform=self.options.output_transform,
             custom=self.options.customized_pruners,
@@ -393,12 +408,19 @@ class GroupNormPruner:
             numbers=numbers,
         )
 
-    def _settle(self, step: int) -> tuple[Plan, Choice]:
-        """Plan of a step. Sizes that decide what the forward computes with, and cannot, are locked."""
+    def settle(self, choose: Callable[[Bools], Choice]) -> tuple[Plan, Choice]:
+        """Make a plan that can be applied. Sizes that decide what the forward computes with, and cannot, stay.
+
+        Args:
+            choose: [n_units] units that must stay -> choice; asked again while there are more of them.
+
+        Raises:
+            CertificateError: If the cut would not give a restriction of the model.
+        """
         locked = np.zeros(self._analysis.graph.n_units, bool)
         notes: tuple[str, ...] = ()
         while True:
-            choice = self._choose(step, self.scores, locked)
+            choice = choose(locked)
             plan, of_configs = self._analysis.plan(choice.keep)
             self.notes = choice.notes + of_configs + notes
             if not plan:
@@ -454,8 +476,7 @@ class GroupNormPruner:
     def _choose(self, step: int, scores: Sequence[Floats], locked: Bools | None = None) -> Choice:
         """Units that stay after step number ``step``; units that are locked now stay."""
         goal = self._goal if locked is None else replace(self._goal, locked=self._goal.locked | locked)
-        initial = [self._initial[key(g)] for g in self.groups()]
-        chooser = Chooser(self._analysis, scores, initial, self.options)
+        chooser = self.chooser(scores)
         course = {r: self._course(r)[step] for r in set(self._goal.ratio)}
         ratios = [course[r] for r in self._goal.ratio]
         if not self.budget:
@@ -469,7 +490,7 @@ class GroupNormPruner:
         subject = Subject(
             self.model,
             self._analysis,
-            self._example_inputs,
+            self.example_inputs,
             self.options.forward_fn,
             lambda r: choose(r).keep,
         )

@@ -22,7 +22,7 @@ RANKS = (
     {"budgets"},
     {"pruner", "checkpoint", "metrics", "reporting"},
     {"pretrained"},
-    {"models", "data"},  # of the demo
+    {"models", "data", "sensitivity"},  # the first two of the demo
     {"training"},
     {"commands"},
     {"__init__", "__main__"},

@@ -9,6 +9,7 @@ DEFAULT = "train"  # where the first word names no command
 COMMANDS = {
     "train": "train, prune, fine-tune and report; what runs where no command is named",
     "plan": "show what would be cut, what stays and why; train nothing",
+    "sensitivity": "prune each part of a trained network alone and see what it costs; ratios for a budget",
     "report": "make the pages of a finished run again, or compare several runs",
 }
 

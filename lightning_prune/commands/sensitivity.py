@@ -1,0 +1,155 @@
+"""``lightning-prune sensitivity``: what each part of a trained network can lose, and ratios made of that."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from omegaconf import OmegaConf
+from torch import nn
+
+from lightning_prune.checkpoint import load_pruned_state
+from lightning_prune.commands.configuring import build, compose_config, config_parser, pruner_of, prunings
+from lightning_prune.errors import OptionError
+from lightning_prune.files import write_whole
+from lightning_prune.reporting.pictures.sensitivity import sensitivity_png
+from lightning_prune.scores.importance import NEEDS
+from lightning_prune.sensitivity import Sensitivity, measure_sensitivity, ratios_for
+from lightning_prune.sensitivity.measuring import RATIOS
+
+__all__ = ["run"]
+
+EXAMPLES = """\
+  lightning-prune sensitivity ckpt_path=outputs/<date>/<time>/dense/checkpoints/last.ckpt
+  lightning-prune sensitivity ckpt_path=last.ckpt --budget macs=0.5       and ratios that meet it
+  lightning-prune sensitivity ckpt_path=last.ckpt --metric val/loss --mode min --ratios 0.2,0.4,0.6
+  lightning-prune sensitivity --as-is model=timm model.net.pretrained=true data=mine
+
+Stop it when you like: what was measured is kept in the file, and the same words go on."""
+
+
+def run(words: Sequence[str]) -> None:
+    """Measure, write sensitivity.json and a picture, and ratios if a budget is given."""
+    given = _parsed(words)
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # it would speak once per point
+    cfg = compose_config([*given.overrides, "logger=none", "callbacks=none"], given.config_dir)
+    cfg.trainer.enable_progress_bar = False
+    model, data, trainer = build(cfg)
+    if not prunings(trainer):
+        raise OptionError("pruning=none was asked for, and sensitivity is that of what pruning would cut")
+    callback = prunings(trainer)[0]
+    if cfg.ckpt_path is None and not given.as_is:
+        raise OptionError(
+            "sensitivity was asked of fresh weights, which lose nothing; name a trained network with "
+            "ckpt_path=..., or say --as-is if the model comes with trained weights"
+        )
+    if cfg.ckpt_path is not None:
+        if not Path(cfg.ckpt_path).is_file():
+            raise OptionError(f"ckpt_path={cfg.ckpt_path} was asked for, and there is no such file")
+        load_pruned_state(model, torch.load(cfg.ckpt_path, map_location="cpu", weights_only=True))
+    pruner = pruner_of(callback, model)
+    if pruner is None:
+        raise OptionError(f"{type(model).__name__} has no example_input_array to trace it with; set it")
+    options = {f.name: getattr(callback.options, f.name) for f in fields(callback.options)}
+    del options["budget"]
+    options["forward_fn"] = pruner.options.forward_fn
+    if options["importance"] in NEEDS:
+        print(f"importance={options['importance']} needs training; sensitivity is that of group_norm")
+        options["importance"] = "group_norm"
+    file, name = Path(given.file), given.metric or cfg.tuned_metric
+    evaluate = _metric_of(model, callback.module, data, trainer, name)
+    inputs, network = pruner.example_inputs, pruner.model
+    found = measure_sensitivity(
+        network, inputs, evaluate, ratios=given.ratios, mode=given.mode, file=file, **options
+    )
+    table = ratios_for(found, network, inputs, given.budget, **options) if given.budget else {}
+    _write(found, file, name, table, callback.module)
+
+
+def _parsed(words: Sequence[str]) -> Namespace:
+    parser = config_parser(
+        "sensitivity",
+        "Prune each part of a trained network alone, at several ratios, and see what the validation metric "
+        "loses. With --budget, turn that into ratios per layer.",
+        EXAMPLES,
+    )
+    parser.add_argument("--metric", help="logged validation metric (default: tuned_metric, val/acc)")
+    parser.add_argument("--mode", choices=("max", "min"), default="max", help="min for a loss")
+    parser.add_argument(
+        "--ratios", type=_shares, default=RATIOS, help=f"default {','.join(map(str, RATIOS))}"
+    )
+    parser.add_argument("--budget", type=_budget, metavar="NAME=SHARE", help="macs=0.5, params=0.3 ...")
+    parser.add_argument("--file", default="sensitivity.json", help="where to keep what was measured")
+    parser.add_argument(
+        "--as-is", action="store_true", help="measure the weights that the model is built with"
+    )
+    return parser.parse_intermixed_args(words)
+
+
+def _shares(word: str) -> tuple[float, ...]:
+    return tuple(float(each) for each in word.split(","))
+
+
+def _budget(word: str) -> dict[str, float]:
+    name, _, share = word.partition("=")
+    return {name: float(share)}
+
+
+def _metric_of(
+    model: LightningModule, module: str | None, data: LightningDataModule, trainer: Trainer, name: str
+) -> Callable[[nn.Module], float]:
+    """Give a function that validates the module with another network in the place of its own."""
+
+    def evaluate(network: nn.Module) -> float:
+        if module is None:
+            assert isinstance(network, LightningModule)
+            twin = network
+        else:
+            twin = copy.deepcopy(model)
+            owner, _, leaf = module.rpartition(".")
+            setattr(twin.get_submodule(owner), leaf, network)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the loader has few workers, once per point
+            (found,) = trainer.validate(twin, datamodule=data, verbose=False)[:1]
+        if name not in found:
+            raise OptionError(
+                f"--metric {name} was asked for, and validation logs {', '.join(sorted(found))}"
+            )
+        return float(found[name])
+
+    return evaluate
+
+
+def _write(found: Sensitivity, file: Path, metric: str, table: dict[str, Any], module: str | None) -> None:
+    chosen = {
+        part: ratio
+        for ratios in table.values()
+        for key, ratio in ratios.items()
+        for part in found.points
+        if part.partition(":")[0] == key
+    }
+    assert found.baseline is not None
+    picture = sensitivity_png(found.points, found.baseline, metric=metric, chosen=chosen)
+    files = [file, write_whole(file.with_suffix(".png"), picture)]
+    if table:
+        files.append(write_whole(file.with_suffix(".yaml"), _yaml(table, module).encode()))
+    print(*files, sep="\n")
+
+
+def _yaml(table: dict[str, Any], module: str | None) -> str:
+    """Write ratios as a choice of pruning=."""
+    head = "# Ratios made of a sensitivity. Put it into <folder>/pruning/ and run\n"
+    head += "#   lightning-prune --config-dir <folder> pruning=sensitivity\n"
+    more = {"prune_num_heads": True} if "head_pruning_ratio_dict" in table else {}
+    options = {"budget": None, **more, **table}
+    choice = {"defaults": ["default", "_self_"], "module": module, "pruning_ratio": 0.0, "options": options}
+    return head + OmegaConf.to_yaml(OmegaConf.create(choice))

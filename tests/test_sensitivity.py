@@ -1,0 +1,238 @@
+"""Points are what a prune by hand gives; files survive a stop; ratios meet a budget."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from torch import nn
+
+from lightning_prune import GroupNormPruner
+from lightning_prune.commands.configuring import compose_config, pruner_of
+from lightning_prune.errors import BudgetError, OptionError
+from lightning_prune.measuring.cost import measure_cost
+from lightning_prune.reporting.pictures.sensitivity import sensitivity_figure, sensitivity_png
+from lightning_prune.sensitivity import Sensitivity, measure_sensitivity, ratios_for
+
+X = torch.randn(2, 3, 6, 6)
+IMAGES = torch.randn(16, 3, 6, 6)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 40, 3), nn.Conv2d(40, 30, 3)
+        self.fc = nn.Linear(30, 5)
+
+    def forward(self, x):
+        return self.fc(self.b(self.a(x).relu()).relu().mean((2, 3)))
+
+
+def loss(reference):
+    """Mean squared distance to what the dense network says."""
+    wanted = reference(IMAGES).detach()
+    return lambda model: float((model(IMAGES) - wanted).square().mean())
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net().requires_grad_(False)
+
+
+def test_a_point_is_what_a_prune_by_hand_gives(net):
+    before = copy.deepcopy(net.state_dict())
+    evaluate = loss(net)
+    found = measure_sensitivity(net, X, evaluate, ratios=[0.3, 0.6], mode="min")
+    assert found.baseline == 0.0
+    assert set(found.points) == {"a.weight:0", "b.weight:0"}
+    for part, layer in (("a.weight:0", "a"), ("b.weight:0", "b")):
+        for ratio in (0.3, 0.6):
+            by_hand = copy.deepcopy(net)
+            weight = by_hand.get_parameter(f"{layer}.weight")
+            GroupNormPruner(by_hand, X, pruning_ratio=0.0, pruning_ratio_dict={layer: ratio}).step()
+            assert weight.shape[0] == round((1 - ratio) * len(before[f"{layer}.weight"]))
+            assert found.points[part][ratio] == evaluate(by_hand)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.heads, self.head_dim = 2, 8
+        self.embed, self.qkv, self.out = nn.Linear(3, 8), nn.Linear(8, 48), nn.Linear(16, 2)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        qkv = self.qkv(self.embed(x)).view(b, n, 3, self.heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def test_what_one_size_binds_is_one_part():
+    model = Attention().requires_grad_(False)
+    x = torch.randn(2, 4, 3)
+    widths = []
+
+    def evaluate(m):
+        m(x)
+        widths.append((m.embed.out_features, m.heads, m.head_dim))
+        return 0.0
+
+    found = measure_sensitivity(model, x, evaluate, ratios=[0.5], prune_num_heads=True)
+    assert len(found.points) == 3
+    assert widths == [(8, 2, 8), (4, 2, 8), (8, 2, 4), (8, 1, 8)] or sorted(widths) == sorted(
+        [(8, 2, 8), (4, 2, 8), (8, 2, 4), (8, 1, 8)]
+    )
+    table = ratios_for(found, model, x, {"params": 0.5}, prune_num_heads=True)
+    assert set(table) == {"pruning_ratio_dict", "head_pruning_ratio_dict"}
+
+
+@pytest.mark.parametrize("budget", [{"macs": 0.5}, {"params": 0.5}, {"memory": 0.8}], ids=str)
+def test_ratios_meet_a_budget_and_spare_what_is_sensitive(net, budget):
+    points = {"a.weight:0": {0.5: 0.01, 0.9: 0.02}, "b.weight:0": {0.5: 5.0, 0.9: 9.0}}
+    dense = measure_cost(net, X)
+    table = ratios_for(Sensitivity("", "min", 0.0, points), net, X, budget)
+    ratios = table["pruning_ratio_dict"]
+    assert ratios["a.weight"] > ratios["b.weight"]
+    pruner = GroupNormPruner(net, X, pruning_ratio=0.0, **table)
+    pruner.step()
+    cost = measure_cost(net, X)
+    if "macs" in budget:
+        assert cost.macs / dense.macs == pytest.approx(0.5, abs=0.02)
+    if "params" in budget:
+        assert cost.parameters / dense.parameters == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_budget_out_of_reach_is_refused(net):
+    points = {"b.weight:0": {0.5: 0.0}}
+    with pytest.raises(BudgetError, match="at best"):
+        ratios_for(Sensitivity("", "min", 0.0, points), net, X, {"macs": 0.1})
+    with pytest.raises(OptionError, match="measure it on this network"):
+        ratios_for(Sensitivity("", "min", 0.0, {"other": {0.5: 0.0}}), net, X, {"macs": 0.5})
+
+
+def test_no_more_goes_than_the_budget_asks(net):
+    points = {"a.weight:0": {0.9: 0.0}, "b.weight:0": {0.9: 0.0}}
+    table = ratios_for(Sensitivity("", "min", 0.0, points), net, X, {"params": 0.7})
+    dense = measure_cost(net, X).parameters
+    GroupNormPruner(net, X, pruning_ratio=0.0, **table).step()
+    assert measure_cost(net, X).parameters / dense == pytest.approx(0.7, abs=0.02)
+
+
+def test_curves_never_fall_and_read_between_points():
+    found = Sensitivity("", "max", 0.9, {"p": {0.2: 0.95, 0.4: 0.7, 0.6: 0.8, 0.8: float("nan")}})
+    assert found.harm("p") == [
+        (0.0, 0.0),
+        (0.2, 0.0),
+        (0.4, pytest.approx(0.2)),
+        (0.6, pytest.approx(0.2)),
+        (0.8, float("inf")),
+    ]
+    assert found.ratio_at("p", 0.0) == pytest.approx(0.2)
+    assert found.ratio_at("p", 0.1) == pytest.approx(0.3)
+    assert found.ratio_at("p", 0.5) == pytest.approx(0.6)
+
+
+def test_a_file_is_gone_on_with_and_nothing_is_measured_twice(net, tmp_path):
+    file = tmp_path / "kept" / "s.json"
+    evaluate, calls = loss(net), []
+
+    def counted(model):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return evaluate(model)
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_sensitivity(net, X, counted, ratios=[0.3, 0.6], mode="min", file=file)
+    assert sum(map(len, Sensitivity.read(file).points.values())) == 1
+    found = measure_sensitivity(net, X, counted, ratios=[0.3, 0.6], mode="min", file=file)
+    assert len(calls) == 6  # the baseline and four points, one of them tried twice
+    assert found == measure_sensitivity(net, X, evaluate, ratios=[0.3, 0.6], mode="min")
+    assert [p.name for p in file.parent.iterdir()] == ["s.json"]
+
+
+def test_a_file_of_another_network_is_refused(net, tmp_path):
+    file = tmp_path / "s.json"
+    measure_sensitivity(net, X, loss(net), ratios=[0.5], file=file)
+    other = copy.deepcopy(net)
+    other.a.weight.data[0] += 1
+    with pytest.raises(OptionError, match="other weights"):
+        measure_sensitivity(other, X, loss(net), ratios=[0.5], file=file)
+    file.write_text("{}")
+    with pytest.raises(OptionError, match="was to hold a sensitivity"):
+        measure_sensitivity(net, X, loss(net), ratios=[0.5], file=file)
+
+
+@pytest.mark.parametrize("wrong", [{"ratios": [1.5]}, {"ratios": []}, {"mode": "best"}], ids=str)
+def test_wrong_options_are_refused(net, wrong):
+    with pytest.raises(OptionError):
+        measure_sensitivity(net, X, loss(net), **wrong)
+
+
+def test_the_picture_has_a_curve_per_part_and_marks_what_was_chosen():
+    curves = {f"layer{i}.weight:0": {0.5: 0.8, 0.9: 0.2} for i in range(5)}
+    figure = sensitivity_figure(curves, 0.9, metric="val/acc", chosen={"layer1.weight:0": 0.4})
+    seen = [axes for axes in figure.axes if axes.get_visible()]
+    assert len(seen) == 5
+    assert seen[0].lines[1].get_xydata().tolist() == [[0.0, 0.9], [0.5, 0.8], [0.9, 0.2]]
+    assert [len(axes.lines) for axes in seen] == [2, 3, 2, 2, 2]
+    assert sensitivity_png(curves, 0.9, metric="val/acc").startswith(b"\x89PNG")
+
+
+COMMAND = "from lightning_prune.commands.entry import main; main()"
+SMALL = ["model.net.widths=[8,8,8]", "model.net.depth=1"]
+
+
+def command(*words, cwd, wait=True):
+    words = ["sensitivity", "--as-is", *SMALL, "--ratios", "0.25,0.5", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, *words],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if not wait:
+        return process
+    out, err = process.communicate(timeout=170)
+    assert process.returncode == 0, err[-2000:]
+    return out
+
+
+@pytest.mark.multiprocess
+def test_a_killed_command_goes_on_where_it_was(tmp_path):
+    process = command(cwd=tmp_path, wait=False)
+    file = tmp_path / "sensitivity.json"
+    deadline = time.monotonic() + 120
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    kept = json.loads(file.read_text())["points"]
+    out = command("--budget", "macs=0.6", cwd=tmp_path)
+    after = json.loads(file.read_text())["points"]
+    assert all(point in after[part] for part, curve in kept.items() for point in curve)
+    assert [Path(line).name for line in out.splitlines()] == [
+        f"sensitivity.{s}" for s in ("json", "png", "yaml")
+    ]
+    (tmp_path / "pruning").mkdir()
+    (tmp_path / "sensitivity.yaml").rename(tmp_path / "pruning" / "sensitivity.yaml")
+    cfg = compose_config(["pruning=sensitivity", *SMALL], str(tmp_path))
+    pruner = pruner_of(instantiate(cfg.pruning), instantiate(cfg.model))
+    dense = measure_cost(pruner.model, pruner.example_inputs).macs
+    pruner.step()
+    assert measure_cost(pruner.model, pruner.example_inputs).macs / dense == pytest.approx(0.6, abs=0.05)
