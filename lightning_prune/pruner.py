@@ -409,7 +409,7 @@ class GroupNormPruner:
         )
 
     def settle(self, choose: Callable[[Bools], Choice]) -> tuple[Plan, Choice]:
-        """Make a plan that can be applied. Sizes that decide what the forward computes with, and cannot, stay.
+        """Make a plan that can be applied. Sizes that the forward computes with, and cannot do without, stay.
 
         Args:
             choose: [n_units] units that must stay -> choice; asked again while there are more of them.
