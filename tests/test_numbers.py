@@ -367,3 +367,20 @@ def test_a_plan_from_a_meta_model_says_which_numbers_stay() -> None:
     plan = GroupNormPruner(model, torch.empty(2, 5, device="meta")).step(dry_run=True)
     assert [dict(p.values) for p in plan.patches] == [{"mul 1 0.5": 8**-0.5}]
     assert model.a.out_features == 8
+
+
+def test_what_an_assertion_says_is_no_computation() -> None:
+    """Its message may speak of the size that was cut."""
+
+    class Asserting(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.relu(self.a(x))
+            torch._assert(h.dim() == 2, f"expected two dimensions, got {h.shape}")
+            return self.b(h)
+
+    model = Asserting(lambda m, y, h: y).double()
+    dense = copy.deepcopy(model)
+    plan = GroupNormPruner(model, torch.ones(2, 5, dtype=torch.float64)).step()
+    assert {(cut.tensor, len(cut.keep)) for cut in plan.cuts} >= {("a.weight", 4), ("b.weight", 4)}
+    assert not plan.patches
+    assert_exact(dense, model, plan, (torch.randn(3, 5, dtype=torch.float64),))

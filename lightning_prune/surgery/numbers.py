@@ -93,6 +93,8 @@ def call_of(
     if function is functional.scaled_dot_product_attention and kwargs.get("scale") is None:
         query = args[0] if args else kwargs["query"]
         kwargs = {**kwargs, "scale": 1.0 / math.sqrt(query.shape[-1])}
+    if function is torch._assert:  # the message may speak of sizes; what is asserted holds or raises
+        return name, leaves(name, args[:1], {}), kwargs
     found = leaves(name, args, kwargs)
     if name in _REVERSED and len(args) == 2 and not kwargs:
         return _REVERSED[name], found[::-1], kwargs
