@@ -139,6 +139,7 @@ class GroupNormPruner:
         self.budget = Budget(budget)
         self._regularizer: Regularizer | None = None
         self._trial: Trial | None = None
+        self._held: tuple[tuple[Bools, str], ...] = ()
         check_custom(model, customized_pruners)
         self._adopt(self._analyse())
         check_counts(self._analysis, self.options)
@@ -281,7 +282,7 @@ class GroupNormPruner:
         Raises:
             OptionError: If there is no such tensor or dimension.
         """
-        return explain(self._analysis, name, dim)
+        return explain(self._analysis, name, dim, self._held)
 
     def unknown_operations(self) -> tuple[str, ...]:
         """Operations without a rule that the trace met; what went into them stays."""
@@ -418,23 +419,25 @@ class GroupNormPruner:
             CertificateError: If the cut would not give a restriction of the model.
         """
         locked = np.zeros(self._analysis.graph.n_units, bool)
-        notes: tuple[str, ...] = ()
+        unkept: tuple[tuple[Bools, str], ...] = ()
         while True:
             choice = choose(locked)
             plan, of_configs = self._analysis.plan(choice.keep)
-            self.notes = choice.notes + of_configs + notes
+            self.notes = choice.notes + of_configs + tuple(note for _, note in unkept)
+            self._held = choice.held + unkept
             if not plan:
                 return plan, choice
             try:
                 trial = self._try_out(plan)
             except UnkeptError as error:
-                more = bound_by(self._analysis, error.axes) & ~choice.keep
-                if not more.any():
+                bound = bound_by(self._analysis, error.axes)
+                if not (bound & ~choice.keep).any():
                     raise
-                locked |= bound_by(self._analysis, error.axes)
-                notes += (f"sizes stay because numbers computed from them could not be kept: {error}",)
+                locked |= bound
+                note = f"numbers computed from these sizes could not be kept: {'; '.join(error.reasons)}"
+                unkept += ((bound & ~choice.keep, note),)
                 continue
-            self.notes += trial.notes
+            self.notes = tuple(dict.fromkeys(self.notes + trial.notes))
             return trial.plan, choice
 
     def _try_out(self, plan: Plan) -> Trial:
@@ -446,7 +449,7 @@ class GroupNormPruner:
         return self._trial
 
     def _adopt(self, analysis: Analysis) -> None:
-        self._analysis, self._trial = analysis, None
+        self._analysis, self._trial, self._held = analysis, None, ()
         self._shapes = {name: t.shape for name, t in self._tensors()}
         self.collector.of(analysis.groups, include_bias=self.options.include_bias)
         self._head_dims |= {key(g) for g in analysis.groups if g.kind == "head_dim"}

@@ -237,6 +237,8 @@ def test_a_size_that_the_code_decides_by_stays_where_the_answer_would_change(bra
         plan = pruner.step()
     assert model.a.out_features == width
     assert_exact(dense, model, plan, x)
+    said = "the code decides by this size: comparison (test_numbers.py:" in (text := pruner.explain("a", 0))
+    assert said or width == 4, text
 
 
 # -- what cannot be kept -----------------------------------------------------------------------------------
@@ -250,7 +252,11 @@ def test_a_number_that_looks_like_another_keeps_its_size() -> None:
         plan = pruner.step()
     assert not plan
     assert model.a.out_features == 16
-    assert "became 0.5, which is also met as another number there: mul (test_numbers.py" in pruner.notes[-1]
+    reason = "became 0.5, which is also met as another number there: mul (test_numbers.py"
+    assert reason in pruner.notes[-1]
+    assert reason in pruner.explain("a", 0)
+    assert reason in pruner.explain("b", 1)
+    assert reason not in pruner.explain("b", 0)
 
 
 def test_a_number_that_looks_like_another_and_whose_size_nobody_saw_is_refused() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_prune.errors import CertificateError, PlanError
 from lightning_prune.graph.analysis import Analysis, solved
+from lightning_prune.graph.configs import config_doubts
 from lightning_prune.graph.groups import Place
 from lightning_prune.graph.keeping import KIND, patches_for, unkept
 from lightning_prune.plan import Patch, Plan
@@ -31,13 +32,18 @@ class UnkeptError(CertificateError):
     """Numbers followed a size and cannot be kept.
 
     Args:
-        text: What and where.
+        reasons: What and where, one text each.
         axes: Sizes that numbers were computed from in these places; empty where nobody saw it.
     """
 
-    def __init__(self, text: str, axes: tuple[int, ...]) -> None:
-        super().__init__(text)
-        self.axes = axes
+    def __init__(self, reasons: Iterable[str], axes: tuple[int, ...]) -> None:
+        self.reasons, self.axes = tuple(dict.fromkeys(reasons)), axes
+        more = f" and {len(self.reasons) - 3} more" if len(self.reasons) > 3 else ""
+        super().__init__(
+            "The pruned model was to do what the original does, but a size that was cut decides what it "
+            f"computes with: {'; '.join(self.reasons[:3])}{more}. Nothing was cut; compute the number once "
+            "in __init__ and read it from there, or add the layer to ignored_layers."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +87,7 @@ def try_out(before: Analysis, plan: Plan, retrace: Retrace) -> Trial:
         f"be compared: {p.text}"
         for p in tracer.numbers.partings
     )
+    notes += config_doubts(before.model, frozenset(p.module for p in patches if p.values))
     others = tuple(p for p in plan.patches if p.kind != KIND)
     return Trial(replace(plan, patches=others + patches), solved(before.model, tracer), notes)
 
@@ -107,7 +114,7 @@ def _settled(before: Analysis, plan: Plan, numbers: Numbers) -> tuple[Patch, ...
             if left.module in modules
             for axis in before.constraints.axes_of(left.expr)
         }
-        raise UnkeptError(_told(text for _, text in wrong), tuple(sorted(axes)))
+        raise UnkeptError((text for _, text in wrong), tuple(sorted(axes)))
     return patches + _withdrawn(before.model, patches)
 
 
@@ -118,16 +125,6 @@ def _withdrawn(model: nn.Module, patches: Iterable[Patch]) -> tuple[Patch, ...]:
         Patch(p.module, KIND)
         for p in installed_patches(model)
         if p.kind == KIND and p.values and p.module not in needed
-    )
-
-
-def _told(texts: Iterable[str]) -> str:
-    found = list(dict.fromkeys(texts))
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return (
-        "The pruned model was to do what the original does, but a size that was cut decides what it computes "
-        f"with: {'; '.join(found[:3])}{more}. Nothing was cut; compute the number once in __init__ and read "
-        "it from there, or add the layer to ignored_layers."
     )
 
 

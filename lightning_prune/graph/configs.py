@@ -84,6 +84,16 @@ def config_rewrites(
     return tuple(found.values()), tuple(notes)
 
 
+def config_doubts(model: nn.Module, patched: frozenset[str]) -> tuple[str, ...]:
+    """Notes for configs from which modules would be built that compute with other numbers than are kept."""
+    prefixes = [f"{name}." if name else "" for name, _, _ in owners(model)]
+    return tuple(
+        f"{prefix}config does not tell the numbers that are kept: {LOAD}"
+        for prefix in prefixes
+        if any(f"{m}.".startswith(prefix) for m in patched)
+    )
+
+
 @dataclass(frozen=True)
 class _Solved:
     """New integers of a config, attributes that were copied from them, and what they do not tell.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import breadth_first_order
 
@@ -14,6 +15,8 @@ from lightning_prune.errors import OptionError
 from lightning_prune.graph.analysis import Analysis
 from lightning_prune.graph.groups import Grid, Group
 from lightning_prune.tracing.labels import FROZEN, Ints, along
+
+Bools = npt.NDArray[np.bool_]
 
 SHOWN = 8
 CHANNEL_DIMS = 2  # those after are a kernel's height and width
@@ -38,13 +41,14 @@ class Frozen:
     reason: str
 
 
-def explain(analysis: Analysis, name: str, dim: int) -> str:
+def explain(analysis: Analysis, name: str, dim: int, held: Iterable[tuple[Bools, str]] = ()) -> str:
     """One paragraph on one dimension.
 
     Args:
         analysis: The analysis.
         name: Parameter or buffer, or a module, which stands for its weight.
         dim: Dimension; negative counts from the end.
+        held: Units that the last choice could not let go, [n_units], with the reasons.
 
     Raises:
         OptionError: If there is no such tensor or dimension.
@@ -66,6 +70,10 @@ def explain(analysis: Analysis, name: str, dim: int) -> str:
     lines = [f"{name} dim {dim}: {len(classes) - frozen} of {len(classes)} positions can be removed."]
     if frozen:
         lines.append(f"{frozen} stay: {why_frozen(analysis, atoms.ravel()[classes == FROZEN])}")
+    units = analysis.graph.unit_of[np.unique(classes)]
+    for mask, reason in held:
+        if mask[units[units >= 0]].any():
+            lines.append(f"Units that were to go in the last choice stay: {reason}")
     lines += _ties(analysis, name, dim)
     reasons = _tie_reasons(analysis, classes)
     if reasons:

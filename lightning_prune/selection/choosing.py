@@ -27,10 +27,17 @@ TOLERANCE = 0.01
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """Units that stay, and what is to be said about it."""
+    """Units that stay, and what is to be said about it.
+
+    Args:
+        keep: [n_units] units that stay.
+        notes: What rounding, caps and grids have changed about what was asked.
+        held: Units that were asked to go and could not, [n_units], each time with the reason.
+    """
 
     keep: Bools
     notes: tuple[str, ...] = ()
+    held: tuple[tuple[Bools, str], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,14 +70,17 @@ class Chooser:
         if not self.analysis.groups:
             return Choice(np.ones(0, bool))
         locked = goal.locked.copy()
+        held: list[tuple[Bools, str]] = []
         for _ in range(ATTEMPTS):
             keep, notes = self._once(goal, ratios, locked)
             alive = self.analysis.alive(keep)
             broken = self.analysis.constraints.violations(alive)
             if not broken:
-                return Choice(keep, notes)
+                return Choice(keep, notes, tuple(held))
             axes = [a for v in broken for a in v.axes]
-            locked |= bound_by(self.analysis, axes) if axes else _bound_by_grids(self.analysis)
+            bound = bound_by(self.analysis, axes) if axes else _bound_by_grids(self.analysis)
+            held.append((bound & ~keep, "; ".join(dict.fromkeys(v.text for v in broken[:3]))))
+            locked |= bound
             goal = replace(goal, locked=locked)
         note = "sizes in the code could not be brought together, nothing is cut: " + "; ".join(
             v.text for v in broken[:3]

@@ -176,8 +176,12 @@ class Tracer:
         if mentions(expr, "attr"):
             self.equations.append(Equation(expr, None, value, why))
 
+    def _why_here(self, what: str, text: str) -> int:
+        """Reason number for what Python does between two operations."""
+        return self.ledger.why(Site(what, self.modules[-1], self._line()), text)
+
     def _on_value(self, expr: Expr, value: int) -> None:
-        why = self.why("a value is computed from this size")
+        why = self._why_here("arithmetic", "a value is computed from this size")
         self.left.append(Left(self.modules[-1], expr, why))
 
     def _on_equal(self, left: Expr, right: Expr, value: int) -> None:
@@ -188,7 +192,7 @@ class Tracer:
     def _on_answer(self, relation: str, left: Expr, right: Expr, answer: bool) -> None:
         key = (relation, left, right, answer)
         if key not in self.conditions:
-            why = self.why("the code decides by this size")
+            why = self._why_here("comparison", "the code decides by this size")
             self.conditions[key] = Condition(relation, left, right, answer, why)
 
     # -- where -------------------------------------------------------------------------------------
