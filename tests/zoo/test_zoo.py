@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 from zoo.board import Board
 from zoo.catalogue import CASES
+from zoo.operators import import_torchvision
 from zoo.page import ORDER, page
 from zoo.timm_cases import SMALLEST
 
@@ -59,6 +61,18 @@ def test_nearly_all_are_exact_and_shrunk(board: Board) -> None:
 @pytest.mark.zoo
 def test_every_module_of_timm_is_a_case() -> None:
     assert set(SMALLEST) == set(import_module("timm").list_modules())
+
+
+@pytest.mark.zoo
+def test_every_model_of_torchvision_but_other_sizes_of_classifiers_is_a_case() -> None:
+    import_torchvision()
+    models = import_module("torchvision.models")
+    kinds = ("segmentation", "detection", "video", "optical_flow")
+    wanted = {n for kind in kinds for n in models.list_models(module=getattr(models, kind))}
+    assert {f"torchvision/{n}" for n in wanted} <= set(CASES)
+    classifiers = {re.split(r"[\d_]", n)[0] for n in models.list_models(module=models)}
+    cases = {n.removeprefix("torchvision/") for n in CASES if n.startswith("torchvision/")}
+    assert classifiers == {re.split(r"[\d_]", n)[0] for n in cases - wanted}
 
 
 @pytest.mark.zoo

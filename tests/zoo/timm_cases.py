@@ -146,6 +146,9 @@ SIZED = [
     "xcit",
 ]
 
+# one image is enough where it is large and no batch norm is left with one value
+LARGE = ("byoanet", "crossvit", "csatv2", "hieradet_sam2")
+
 # repeats of one block that would only cost time and memory
 SHALLOW = ("beit", "deepseek_vit", "gemma4_vit", "naflexvit", "qwen3_vit")
 
@@ -165,7 +168,7 @@ TIMM = [
     ZooCase(
         f"timm/{module}",
         partial(_build, name, **_options(module, size)),
-        partial(draw, 2, 3, size, size),
+        partial(draw, 1 if module in LARGE else 2, 3, size, size),
     )
     for module, (name, size) in SMALLEST.items()
 ]

@@ -40,21 +40,28 @@ _IMAGES = {
     "vit_b_32": 64,
     "deeplabv3_mobilenet_v3_large": 64,
     "deeplabv3_resnet50": 64,
+    "deeplabv3_resnet101": 64,
     "fcn_resnet50": 64,
+    "fcn_resnet101": 64,
     "lraspp_mobilenet_v3_large": 64,
 }
+# one image is enough where it is large and no batch norm is left with one value
+LARGE = ("maxvit_t",)
 # model: frames, size
 _VIDEOS = {
     "r3d_18": (4, 32),
     "mc3_18": (4, 32),
     "r2plus1d_18": (4, 32),
     "s3d": (16, 224),
-    "mvit_v1_b": (16, 224),
-    "mvit_v2_s": (16, 224),
+    "mvit_v1_b": (8, 64),
+    "mvit_v2_s": (8, 64),
     "swin3d_t": (4, 64),
+    "swin3d_s": (4, 64),
+    "swin3d_b": (4, 64),
 }
 _DETECTORS = (
     "fasterrcnn_mobilenet_v3_large_320_fpn",
+    "fasterrcnn_mobilenet_v3_large_fpn",
     "fasterrcnn_resnet50_fpn",
     "fasterrcnn_resnet50_fpn_v2",
     "fcos_resnet50_fpn",
@@ -79,6 +86,9 @@ def _classifier(name: str) -> nn.Module:
     extra: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     if name.startswith("vit_"):
         extra["image_size"] = _IMAGES[name]
+    if name.startswith("mvit_"):
+        frames, size = _VIDEOS[name]
+        extra |= {"temporal_size": frames, "spatial_size": (size, size)}
     if name in _DETECTORS or "deeplab" in name or "fcn" in name or "lraspp" in name:
         extra["weights_backbone"] = None
     return _build(name, **extra)
@@ -118,7 +128,10 @@ def _case(name: str, build: Callable[[str], nn.Module], inputs: Callable[[], Any
 
 
 TORCHVISION = [
-    *(_case(name, _classifier, partial(draw, 2, 3, size, size)) for name, size in _IMAGES.items()),
+    *(
+        _case(name, _classifier, partial(draw, 1 if name in LARGE else 2, 3, size, size))
+        for name, size in _IMAGES.items()
+    ),
     *(
         _case(name, _classifier, partial(draw, 1 if size > 64 else 2, 3, n, size, size))
         for name, (n, size) in _VIDEOS.items()
