@@ -53,8 +53,8 @@ _VIDEOS = {
     "mc3_18": (4, 32),
     "r2plus1d_18": (4, 32),
     "s3d": (16, 224),
-    "mvit_v1_b": (8, 64),
-    "mvit_v2_s": (8, 64),
+    "mvit_v1_b": (16, 224),
+    "mvit_v2_s": (16, 224),
     "swin3d_t": (4, 64),
     "swin3d_s": (4, 64),
     "swin3d_b": (4, 64),
@@ -86,9 +86,6 @@ def _classifier(name: str) -> nn.Module:
     extra: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     if name.startswith("vit_"):
         extra["image_size"] = _IMAGES[name]
-    if name.startswith("mvit_"):
-        frames, size = _VIDEOS[name]
-        extra |= {"temporal_size": frames, "spatial_size": (size, size)}
     if name in _DETECTORS or "deeplab" in name or "fcn" in name or "lraspp" in name:
         extra["weights_backbone"] = None
     return _build(name, **extra)
