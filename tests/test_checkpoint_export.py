@@ -28,8 +28,24 @@ class Attention(nn.Module):
         return self.fc(self.attention(x, x, x, need_weights=False)[0])
 
 
+class Grouped(nn.Module):
+    """Blocks of channels, and one block per channel; the number of blocks is an attribute of the layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.fc = nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.bn(self.stem(x)).relu()
+        return self.fc(self.depthwise(self.grouped(x).relu()).mean(dim=(2, 3)))
+
+
 CASES = {
     "convolutions": (Net, (2, 3, 5, 5)),
+    "grouped convolutions": (Grouped, (2, 3, 5, 5)),
     "replaced attention": (Attention, (2, 5, 16)),
     "transformer": (lambda: ViT(dim=16, depth=1, num_heads=2, mlp_dim=16), (2, 1, 8, 8)),
 }

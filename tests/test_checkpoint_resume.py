@@ -110,3 +110,15 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
         checkpoint = max(tmp_path.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
         assert checkpoint.name in (f"step={last}.ckpt", f"step={last - 1}.ckpt")
     assert digest(train(ckpt_path=checkpoint)) == expected
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("last", range(1, 16))
+def test_a_run_killed_after_any_step_goes_on_to_the_same_bits(tmp_path, last):
+    with start(tmp_path, 0.5) as victim:
+        assert any(line == f"{last}\n" for line in victim.stdout)
+        os.kill(victim.pid, signal.SIGKILL)
+    checkpoint = max(tmp_path.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    assert digest(train(ckpt_path=checkpoint)) == digest(train())
