@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import TIMEOUT, run
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(TIMEOUT + 20)]
 WORKER = Path(__file__).with_name("ddp_worker.py")
-
-
-def run(out, variant):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    command = [sys.executable, str(WORKER), str(out), variant]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-
-
 KINDS = ["default", "unused", "static", "views", "accumulated", "spawn"]
 
 
 @pytest.mark.parametrize("variant", [*KINDS, "taylor", "hessian", "activation"])
 def test_ranks_agree_after_every_cut(tmp_path, variant):
-    done = run(tmp_path / "rows.json", variant)
-    assert done.returncode == 0, done.stderr[-3000:]
+    code, said = run(WORKER, tmp_path / "rows.json", variant)
+    assert code == 0, said[-3000:]
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [epoch for epoch, *_ in rows] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert all(agree for _, agree, *_ in rows)
@@ -39,19 +29,19 @@ def test_ranks_agree_after_every_cut(tmp_path, variant):
 
 def test_without_rebuilding_the_wrapper_ranks_drift_apart(tmp_path):
     """Guards the test above: it can fail."""
-    done = run(tmp_path / "rows.json", "broken")
-    assert done.returncode == 0, done.stderr[-3000:]
+    code, said = run(WORKER, tmp_path / "rows.json", "broken")
+    assert code == 0, said[-3000:]
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert not all(agree for _, agree, *_ in rows)
 
 
 def test_spawned_processes_need_a_prepared_model(tmp_path):
-    done = run(tmp_path / "rows.json", "unprepared")
-    assert done.returncode != 0
-    assert "call lightning_prune.prepare(model) before trainer.fit" in done.stderr
+    code, said = run(WORKER, tmp_path / "rows.json", "unprepared")
+    assert code != 0
+    assert "call lightning_prune.prepare(model) before trainer.fit" in said
 
 
 def test_a_failure_on_rank_zero_ends_every_rank(tmp_path):
-    done = run(tmp_path / "rows.json", "raises")
-    assert done.returncode != 0
-    assert "ZeroDivisionError" in done.stderr
+    code, said = run(WORKER, tmp_path / "rows.json", "raises")
+    assert code != 0
+    assert "ZeroDivisionError" in said
