@@ -11,19 +11,20 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, seed_everything
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lightning_prune.commands.configuring import compose_config, config_parser, pruner_of
 from lightning_prune.errors import OptionError
 from lightning_prune.graph.groups import Group
 from lightning_prune.pruner import GroupNormPruner
 from lightning_prune.reporting.diagram import to_mermaid
-from lightning_prune.reporting.outlook import GroupOutlook, Outlook, print_outlook, with_progress
+from lightning_prune.reporting.outlook import GroupOutlook, Outlook, print_outlook, waiting, with_progress
 from lightning_prune.scores.importance import NEEDS
 from lightning_prune.training.callback import StructuredPruning
 
 __all__ = ["run"]
 
+IMPORTANCE = "pruning.options.importance"
 EXAMPLES = """\
   lightning-prune plan                                  the demo
   lightning-prune plan model=vit pruning=vit_heads      a transformer, by heads
@@ -71,12 +72,13 @@ def _built(cfg: DictConfig) -> tuple[LightningModule, StructuredPruning, GroupNo
             "a plan was asked for with pruning=none, which cuts nothing; choose another pruning=..."
         )
     seed_everything(cfg.seed, verbose=False)
-    if cfg.pruning.options.importance in NEEDS:
-        asked = cfg.pruning.options.importance
+    asked = OmegaConf.select(cfg, IMPORTANCE)
+    if asked in NEEDS:
         print(f"importance={asked} needs training; this plan ranks by group_norm\n", file=sys.stderr)
-        cfg.pruning.options.importance = "group_norm"
+        OmegaConf.update(cfg, IMPORTANCE, "group_norm")
     model, callback = instantiate(cfg.model), instantiate(cfg.pruning)
-    pruner = pruner_of(callback, model)
+    with waiting(f"following {type(model).__name__} through one forward"):
+        pruner = pruner_of(callback, model)
     if pruner is None:
         raise OptionError(
             f"a plan for {type(model).__name__} was asked for, but it has no example_input_array to trace it "

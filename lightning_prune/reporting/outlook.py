@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from lightning_prune.selection.forecast import Forecast
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["GroupOutlook", "Outlook", "print_outlook", "with_progress"]
+__all__ = ["GroupOutlook", "Outlook", "print_outlook", "waiting", "with_progress"]
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,22 @@ def print_outlook(outlook: Outlook, console: Console | None = None) -> None:
         ],
         words=2,
     )
-    for note in dict.fromkeys(note for step in outlook.steps for note in step.notes):
+    for note in outlook.steps[-1].notes:
         console.print(Text.assemble(("Note: ", "bold yellow"), note))
+
+
+@contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Show on the terminal that something goes on; elsewhere show nothing.
+
+    Args:
+        text: What goes on.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status(text) if console.is_terminal else nullcontext():
+        yield
 
 
 def with_progress(steps: Iterable[Forecast], total: int) -> Iterator[Forecast]:
