@@ -36,6 +36,7 @@ VARIANTS = {
     "taylor": {},
     "hessian": {},
     "activation": {},
+    "distilled": {},
 }
 
 
@@ -109,6 +110,8 @@ def main(out, variant):
     options = {"options": {"reg": 0.01, "importance": "random" if variant == "default" else "group_norm"}}
     if variant in IMPORTANCES:
         options["options"]["importance"] = variant
+    if variant == "distilled":
+        options |= {"distillation": {}, "recalibrate_batches": 2}
     if variant == "raises":
         options["options"]["importance"] = lambda group: 1 / 0
     trainer = Trainer(

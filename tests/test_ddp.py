@@ -13,7 +13,7 @@ WORKER = Path(__file__).with_name("ddp_worker.py")
 KINDS = ["default", "unused", "static", "views", "accumulated", "spawn"]
 
 
-@pytest.mark.parametrize("variant", [*KINDS, "taylor", "hessian", "activation"])
+@pytest.mark.parametrize("variant", [*KINDS, "taylor", "hessian", "activation", "distilled"])
 def test_ranks_agree_after_every_cut(tmp_path, variant):
     code, said = run(WORKER, tmp_path / "rows.json", variant)
     assert code == 0, said[-3000:]

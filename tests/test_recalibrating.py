@@ -114,3 +114,32 @@ class Stream(IterableDataset):
 def test_a_training_set_that_only_goes_forward_is_refused():
     with pytest.raises(OptionError, match="found Stream, which only goes forward"):
         fit(build(), Quiet(recalibrate_batches=1), loader=DataLoader(Stream(), batch_size=4))
+
+
+class AtOnce(TensorDataset):
+    """Fetches whole batches, as the digits of the demo do."""
+
+    def __getitems__(self, indices):
+        return self[torch.tensor(indices)]
+
+
+def as_it_is(batch):
+    return batch
+
+
+@pytest.mark.parametrize("has_example", [True, False])
+def test_datasets_that_fetch_batches_at_once_are_asked_that_way(has_example):
+    loader = DataLoader(AtOnce(*data(16).dataset.tensors), batch_size=4, collate_fn=as_it_is)
+    callback, model = Watch(recalibrate_batches=2), build()
+    model.example_input_array = torch.ones(2, 3, 5, 5) if has_example else None
+    fit(model, callback, loader=loader)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(1)).tolist()
+    mean, _ = by_hand(callback.net["conv.weight"], loader.dataset.tensors[0], [order[:4], order[4:8]])
+    torch.testing.assert_close(callback.net["bn.running_mean"], mean, rtol=1e-5, atol=1e-6)
+
+
+def test_a_first_cut_takes_its_batch_that_way_too():
+    loader = DataLoader(AtOnce(*data(16).dataset.tensors), batch_size=4, collate_fn=as_it_is)
+    model = build()
+    fit(model, Quiet(start_epoch=0), loader=loader)
+    assert model.net.conv.out_channels == 4

@@ -28,6 +28,7 @@ from lightning_prune.errors import TraceError
 __all__ = [
     "Call",
     "Example",
+    "collated",
     "describe",
     "from_array",
     "from_batch",
@@ -322,7 +323,13 @@ def _first_batch(loader: Any) -> Any:
     if loader.batch_sampler is None:
         return loader.collate_fn(loader.dataset[0])
     count = min(2, loader.batch_size or 2, len(loader.dataset))  # type: ignore[arg-type]
-    return loader.collate_fn([loader.dataset[i] for i in range(count)])
+    return collated(loader, list(range(count)))
+
+
+def collated(loader: DataLoader[Any], indices: list[int]) -> Any:
+    """Make a batch of samples of a map-style dataset, as the loader would."""
+    together = getattr(loader.dataset, "__getitems__", None)  # a dataset may fetch a batch at once
+    return loader.collate_fn(together(indices) if together else [loader.dataset[i] for i in indices])
 
 
 def _first_and_rewind(loader: Any) -> Any:

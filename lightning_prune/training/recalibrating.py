@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_prune.errors import OptionError
-from lightning_prune.training.example_inputs import quiet_twin, training_step, transferred
+from lightning_prune.training.example_inputs import collated, quiet_twin, training_step, transferred
 
 __all__ = ["recalibrate"]
 
@@ -90,7 +90,5 @@ def _draw_one(loader: Any, batches: int, seed: int) -> Iterator[Any]:
     order = torch.randperm(len(loader.dataset), generator=generator).tolist()  # type: ignore[arg-type]
     chunks = [order[start : start + size] for start in range(0, len(order), size)]
     for chunk in [c for c in chunks if len(c) == size or len(chunks) == 1][:batches]:
-        samples = [loader.dataset[i] for i in chunk]
-        yield (
-            loader.collate_fn(samples) if loader.batch_sampler is not None else loader.collate_fn(samples[0])
-        )
+        batched = loader.batch_sampler is not None
+        yield collated(loader, chunk) if batched else loader.collate_fn(loader.dataset[chunk[0]])
