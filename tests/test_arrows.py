@@ -36,10 +36,12 @@ LIBRARIES = {
     "lightning_utilities": LIGHTNING,
     "hydra": {"commands"},
     "omegaconf": {"commands"},
+    "optuna": {"commands"},
+    "filelock": {"commands"},
     "rich": {"reporting"},
     "matplotlib": {"reporting"},
 }
-LAZY = {"rich", "matplotlib"}
+LAZY = {"rich", "matplotlib", "optuna", "filelock"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -15,6 +15,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import lightning_prune.commands  # noqa: F401  registers the resolver of the schedules
+from lightning_prune.commands.spaces import Range, read_search
 from lightning_prune.options import PruningOptions
 from lightning_prune.training.callback import StructuredPruning
 
@@ -63,7 +64,8 @@ def _plain(value: Any) -> Any:
 
 
 def test_the_groups_are_those_that_the_manual_names() -> None:
-    assert set(GROUPS) == {"model", "data", "trainer", "pruning", "logger", "callbacks", "experiment"}
+    groups = {"model", "data", "trainer", "pruning", "logger", "callbacks", "experiment", "hparams_search"}
+    assert set(GROUPS) == groups
     assert {"resnet", "vit"} <= set(GROUPS["model"])
     assert {"default", "none", "vit_heads"} <= set(GROUPS["pruning"])
     assert {"csv", "none", "tensorboard", "wandb"} <= set(GROUPS["logger"])
@@ -147,6 +149,20 @@ def test_pruning_files_make_a_callback_with_plain_values(name: str) -> None:
 def test_the_schedule_follows_the_number_of_epochs(epochs: int, expected: tuple[int, int, int]) -> None:
     pruning = _compose(f"trainer.max_epochs={epochs}").pruning
     assert (pruning.sparse_start_epoch, pruning.start_epoch, pruning.iterative_steps) == expected
+
+
+@pytest.mark.parametrize("name", GROUPS["hparams_search"])
+@pytest.mark.parametrize("epochs", [1, 3, 30])
+def test_searches_vary_what_the_configuration_has(name: str, epochs: int) -> None:
+    search = read_search(_compose(f"hparams_search={name}", f"trainer.max_epochs={epochs}"))
+    paths = {dimension.path for dimension in search.space}
+    assert {"model.lr", "pruning.start_epoch", "pruning.options.reg", "pruning.options.round_to"} <= paths
+    assert ("pruning.options.budget.macs" in paths) == (name == "tradeoff")
+    assert ("pruning.pruning_ratio" in paths) == (name == "ratio")
+    assert search.name == name
+    last = {d.path: d.high for d in search.space if isinstance(d, Range)}
+    cuts_end = last["pruning.start_epoch"] + last["pruning.iterative_steps"]
+    assert cuts_end <= max(epochs, 2), "the last cut would come after the last epoch"
 
 
 def test_several_loggers_can_be_chosen() -> None:

@@ -20,7 +20,7 @@ def written(folder: Path, **changes: object) -> Path:
     return folder
 
 
-def test_pages_are_made_again_from_the_json_alone(command, tmp_path):  # noqa: F811
+def test_pages_are_made_again_from_the_json_alone(command, tmp_path):
     folder = written(tmp_path / "run")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     for path in folder.iterdir():
@@ -33,14 +33,14 @@ def test_pages_are_made_again_from_the_json_alone(command, tmp_path):  # noqa: F
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_they_go_where_they_are_wanted(command, tmp_path):  # noqa: F811
+def test_they_go_where_they_are_wanted(command, tmp_path):
     written(tmp_path / "run")
     code, _, err = command("report", "run/report.json", "--out", "web/page")
     assert code == 0, err
     assert {path.name for path in (tmp_path / "web" / "page").iterdir()} == {*PICTURES, *TEXTS}
 
 
-def test_several_runs_are_compared_and_written_only_where_asked(command, tmp_path):  # noqa: F811
+def test_several_runs_are_compared_and_written_only_where_asked(command, tmp_path):
     written(tmp_path / "sweep" / "0")
     written(tmp_path / "sweep" / "1", pruned=replace(sample().pruned, accuracy=0.5))
     before = sorted(tmp_path.rglob("*"))
@@ -63,7 +63,7 @@ def test_several_runs_are_compared_and_written_only_where_asked(command, tmp_pat
         ('{"dense": 3}', ["report.json", "no report of a prune"]),
     ],
 )
-def test_what_is_no_report_is_named(command, tmp_path, content, parts):  # noqa: F811
+def test_what_is_no_report_is_named(command, tmp_path, content, parts):
     name = "nowhere"
     if content is not None:
         name = "run"
@@ -75,7 +75,7 @@ def test_what_is_no_report_is_named(command, tmp_path, content, parts):  # noqa:
     assert "Traceback" not in err
 
 
-def test_a_run_that_was_stopped_says_how_to_go_on(command, tmp_path):  # noqa: F811
+def test_a_run_that_was_stopped_says_how_to_go_on(command, tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     code, _, err = command("report", "run")
     assert code == 1
@@ -83,7 +83,7 @@ def test_a_run_that_was_stopped_says_how_to_go_on(command, tmp_path):  # noqa: F
     assert "ckpt_path=" in err
 
 
-def test_its_help_teaches(command):  # noqa: F811
+def test_its_help_teaches(command):
     code, out, _ = command("report", "--help")
     assert code == 0
     assert out.count("lightning-prune report ") >= 4

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_prune.commands.answering import Stopped
 from lightning_prune.commands.configuring import build, prunings
 
-__all__ = ["known_warnings", "run"]
+__all__ = ["fit", "known_warnings", "run"]
 
 TWIN = "The same network, trained without pruning with the same seed for the same number of epochs."
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def run(cfg: DictConfig) -> float:
             callback.report.config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
             if twin is not None:
                 callback.report.compare_with(twin, dense_is=TWIN)
-        _fit(trainer, model, data, cfg.ckpt_path, "go on from the last checkpoint with ckpt_path={}")
+        fit(trainer, model, data, cfg.ckpt_path, "go on from the last checkpoint with ckpt_path={}")
         tuned = _tuned(trainer, cfg.tuned_metric)
         if not cfg.pruning:
             trainer.test(model, datamodule=data)
@@ -48,7 +48,7 @@ def _dense_twin(cfg: DictConfig) -> LightningModule:
     twin = copy.deepcopy(cfg)
     twin.run_dir, twin.pruning = f"{cfg.run_dir}/dense", {}
     model, data, trainer = build(twin)
-    _fit(trainer, model, data, None, "the last checkpoint of the dense twin is {}")
+    fit(trainer, model, data, None, "the last checkpoint of the dense twin is {}")
     return model
 
 
@@ -66,7 +66,7 @@ def known_warnings() -> Iterator[None]:
         yield
 
 
-def _fit(
+def fit(
     trainer: Trainer, model: LightningModule, data: LightningDataModule, ckpt_path: str | None, advice: str
 ) -> None:
     """Train; Lightning turns Ctrl-C into an exit with code 1, which is turned back here."""

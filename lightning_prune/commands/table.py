@@ -11,6 +11,7 @@ COMMANDS = {
     "plan": "show what would be cut, what stays and why; train nothing",
     "sensitivity": "prune each part of a trained network alone and see what it costs; ratios for a budget",
     "report": "make the pages of a finished run again, or compare several runs",
+    "tune": "search for good settings; stop and go on at any time",
 }
 
 

@@ -1,0 +1,13 @@
+"""``lightning-prune tune`` in a process of its own, with words from the command line, on one thread."""
+
+import sys
+import warnings
+
+import torch
+
+from lightning_prune.commands.entry import main
+
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+sys.argv[0] = "lightning-prune"
+main()
