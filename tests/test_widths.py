@@ -61,6 +61,15 @@ def test_what_was_seen_to_stay_stays() -> None:
     assert [info["num_chs"] for info in model.feature_info] == [8, 4, 99]
 
 
+def test_a_method_that_only_has_the_name_tells_nothing() -> None:
+    class Other(Backbone):
+        def get_classifier(self, task: str = "") -> nn.Module:
+            return {"digits": self.head}[task]
+
+    model, _ = pruned(Other(), neck=0.75)
+    assert (model.neck.out_features, model.head_hidden_size) == (3, 3)
+
+
 class Unseen(nn.Module):
     """Nothing tells of which 8 the attribute speaks."""
 

@@ -9,6 +9,8 @@ submodule whose channels it counts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from inspect import isfunction
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ def watch_stated_widths(t: Tracer, model: nn.Module) -> None:
 def _watch_features(t: Tracer, name: str, module: Any) -> None:
     width = vars(module).get("num_features")
     forward = getattr(type(module), "forward_features", None)
-    if not isinstance(width, int) or forward is None:
+    if not isinstance(width, int) or not isfunction(forward) or "forward_features" in vars(module):
         return
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -43,7 +45,9 @@ def _watch_classifier(t: Tracer, name: str, module: Any) -> None:
     width = vars(module).get("head_hidden_size")
     if not isinstance(width, int) or not callable(getattr(module, "get_classifier", None)):
         return
-    classifier = module.get_classifier()
+    classifier = None
+    with suppress(Exception):  # a method of somebody's own that only has the same name
+        classifier = module.get_classifier()
     if isinstance(classifier, nn.Module):
         classifier.register_forward_pre_hook(_before(t, (name, "head_hidden_size"), width))
 
