@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_prune.checkpoint import PrunableMixin, load_from_checkpoint, load_pruned_state, prepare
 from lightning_prune.errors import CheckpointMismatchError
+from lightning_prune.training.callback import PHASES
 from lightning_prune.training.checkpointing import PrunedModelCheckpoint
 
 
@@ -128,6 +129,15 @@ def test_resuming_in_the_middle_of_an_epoch_gives_the_same_bits(tmp_path):
         path = tmp_path / f"step={step}.ckpt"
         resumed = fit(build(Cosine), pruning(), ckpt_path=path, max_epochs=3, loader=Slow())
         assert digest(resumed) == digest(whole), f"from step {step}"
+
+
+def test_a_run_resumed_in_the_epoch_of_a_cut_knows_its_phase(tmp_path):
+    steps = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+    whole = fit(build(Cosine), pruning(), steps, max_epochs=2, loader=Slow(), enable_checkpointing=True)
+    assert whole.callback_metrics["prune/phase"] == PHASES.index("prune")
+    resumed = fit(build(Cosine), pruning(), ckpt_path=tmp_path / "step=6.ckpt", max_epochs=2, loader=Slow())
+    ours = {name for name in whole.callback_metrics if name.startswith("prune/")}
+    assert all(resumed.callback_metrics[name] == whole.callback_metrics[name] for name in ours)
 
 
 @pytest.mark.parametrize("ours_first", [True, False])
