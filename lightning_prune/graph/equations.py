@@ -143,7 +143,7 @@ class Constraints:
 
     def _speaks_of_heads(self, classes: Ints) -> bool:
         """True if every position is a head or stays."""
-        live = np.unique(classes[classes != FROZEN])
+        live = classes[classes != FROZEN]
         return bool(len(live)) and bool(np.all(self.head_of[live] == live))
 
     def _positions(self, classes: Ints, alive: Bools) -> Ints:

@@ -62,6 +62,8 @@ def unkept(numbers: Numbers, patches: Iterable[Patch]) -> list[tuple[str, str]]:
     sites = {(k.stack, k.name, k.leaf, k.found): k for k in numbers.kept}
     wrong: dict[tuple[str, str], None] = {}
     for visit, call, found in numbers.calls():
+        if found is call.leaves and tables.keys().isdisjoint(visit.stack):
+            continue
         now = found
         for module in reversed(visit.stack):
             changes = substituted(tables.get(module, {}), call.name, now)

@@ -153,7 +153,7 @@ def _config_holders(model: nn.Module, rewrites: Iterable[Rewrite]) -> Iterator[t
     roots = {(r.module, r.path.partition(".")[0]) for r in rewrites if "." in r.path}
     found = [c for m, k in roots if (c := vars(model.get_submodule(m)).get(k)) is not None]
     shared = {id(one) for c in found for one in (c, *(inner for _, inner in config_objects(c)))}
-    for module in model.modules():
+    for module in model.modules() if shared else ():
         for key, value in list(vars(module).items()):
             if id(value) in shared:
                 yield module, key, value
