@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,6 +83,17 @@ def test_a_run_that_was_stopped_says_how_to_go_on(command, tmp_path):
     assert code == 1
     assert "no report.json in or below" in err
     assert "ckpt_path=" in err
+
+
+@pytest.mark.multiprocess
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    code = "import sys; from lightning_prune.commands.entry import main; main()"
+    write = [sys.executable, "-c", code, "report", "--help"]
+    with subprocess.Popen(write, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as process:
+        process.stdout.close()
+        said = process.stderr.read().decode()
+    assert "Traceback" not in said
+    assert "BrokenPipe" not in said
 
 
 def test_its_help_teaches(command):

@@ -51,6 +51,9 @@ def answer(run: Callable[[], None]) -> int:
         except KeyboardInterrupt as stop:
             print(str(stop) or "Stopped before anything was trained.", file=sys.stderr)
             return 130
+        except BrokenPipeError:  # whoever reads, such as `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the exit is silent too
+            return 1
         except (Refused, *USER_ERRORS) as raised:
             error = raised.error if isinstance(raised, Refused) else raised
             if wants_traceback:
