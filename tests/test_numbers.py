@@ -181,6 +181,26 @@ def test_the_default_scale_of_attention_is_kept_beside_other_numbers() -> None:
     assert_exact(dense, model, plan, x)
 
 
+class Wave(nn.Module):
+    """A layer that a rule of the user's speaks for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c = x.shape
+        return (x.reshape(n, 1, c) * (1.0 / c)).reshape(n, c).sin() / x.shape[1]
+
+
+def test_a_layer_with_a_rule_of_ones_own_keeps_its_numbers_too() -> None:
+    model, x = nn.Sequential(nn.Linear(5, 8), Wave(), nn.Linear(8, 3)).double(), torch.randn(4, 5).double()
+    dense = copy.deepcopy(model)
+
+    def rule(layer: Any) -> None:
+        layer.carry((layer.inputs[0], 1), (layer.outputs[0], 1))
+
+    plan = GroupNormPruner(model, x, customized_pruners={Wave: rule}).step()
+    assert [(p.module, dict(p.values)) for p in plan.patches] == [("1", {"mul 1 0.25": 0.125, "div 1 4": 8})]
+    assert_exact(dense, model, plan, x)
+
+
 # -- what decides the way ----------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_prune.surgery.numbers import Length, call_of, is_number, name_of, replaced, same
+from lightning_prune.surgery.numbers import Length, call_of, computes, is_number, name_of, replaced, same
 from lightning_prune.tracing.labels import Site
 
 OUTSIDE = "<outside>"
@@ -123,11 +123,20 @@ class Numbers:
         self._same.pop()
 
     def meet(
-        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, plain_sizes: bool = False
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """A torch function is called; gives the arguments to call it with."""
+        """A torch function is called; gives the arguments to call it with.
+
+        Args:
+            function: Of torch.
+            args: What it is called with.
+            kwargs: The same, by keyword.
+            plain_sizes: Whether a size looks like any whole number here.
+        """
         called = name_of(function)
         name, leaves, kwargs = call_of(function, called, args, kwargs)
+        if plain_sizes and not computes(called):
+            leaves = tuple(Length(leaf) if type(leaf) is int else leaf for leaf in leaves)
         earlier = self._note(name, leaves)
         if earlier is None or earlier.leaves == leaves:
             return args, kwargs

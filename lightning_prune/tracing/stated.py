@@ -13,6 +13,7 @@ from contextlib import suppress
 from inspect import isfunction
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_prune.tracing.tracer import Tracer
@@ -90,7 +91,7 @@ def _note(t: Tracer, place: tuple[str, str], value: Any, width: int) -> None:
         value = value[0]
     if not isinstance(value, Tensor):
         return
-    with t.silently():
+    with torch._C.DisableTorchFunction():
         dims = [d for d, n in enumerate(value.shape) if n == int.__int__(width)]
         if len(dims) == 1:
             label = t.tags(value).dims[dims[0]]

@@ -259,7 +259,8 @@ class Functions(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         tracer = self.tracer
-        if tracer.paused:
+        if tracer.paused:  # a layer with a rule of the user's: its sizes are not followed, its numbers are
+            args, kwargs = tracer.numbers.meet(func, args, kwargs, plain_sizes=True)
             return func(*args, **kwargs)
         tracer.begin(getattr(func, "__name__", str(func)))
         tracer.borrowed.watch_function(tracer.op.strip("_"), args)
