@@ -437,6 +437,10 @@ class GroupNormPruner:
                 note = f"numbers computed from these sizes could not be kept: {'; '.join(error.reasons)}"
                 unkept += ((bound & ~choice.keep, note),)
                 continue
+            patched = frozenset(p.module for p in trial.plan.patches)
+            if patched - {p.module for p in plan.patches}:
+                _, of_configs = self._analysis.plan(choice.keep, patched)
+                self.notes = choice.notes + of_configs + tuple(note for _, note in unkept)
             self.notes = tuple(dict.fromkeys(self.notes + trial.notes))
             return trial.plan, choice
 

@@ -283,6 +283,23 @@ def test_a_module_that_computes_in_another_way_is_noted() -> None:
     assert "not the scales" in note
 
 
+def test_a_number_that_followed_a_size_is_noted() -> None:
+    """The cut model keeps dividing by the root of 8; one built from its config would take that of 4."""
+
+    class Scaled(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.enter(x)
+            out: Tensor = self.leave(x * x.shape[-1] ** -0.5)
+            return out
+
+    model = randomise(Scaled(Sizes(depth=0)), 0)
+    pruner = GroupNormPruner(model, X)
+    plan = pruner.step()
+    assert plan.patches
+    assert model.config == Sizes(width=4, depth=0)
+    assert sum("not the scales" in note for note in pruner.notes) == 1
+
+
 def test_nothing_is_said_of_a_config_that_no_cut_concerns() -> None:
     assert config_rewrites(stack(), (), (), frozenset()) == ((), ())
 

@@ -294,3 +294,28 @@ def test_a_submodule_that_runs_twice_with_other_sizes_of_time() -> None:
     plan = GroupNormPruner(model, inputs).step()
     assert model.e.out_features == 4
     assert_exact(dense, model, plan, inputs)
+
+
+def test_a_forward_that_writes_into_its_inputs_writes_into_copies() -> None:
+    """Tensors and what holds them: a cache, for instance, grows with every run."""
+
+    class Cache:
+        def __init__(self) -> None:
+            self.seen: list[Tensor] = []
+
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.e, self.fc = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor, cache: Cache) -> Tensor:
+            cache.seen.append(x)
+            out: Tensor = self.fc(self.e(x.mul_(0.5)))
+            return out
+
+    x, cache = draw(2, 6), Cache()
+    model = Writes()
+    GroupNormPruner(model, (x, cache)).step()
+    assert model.e.out_features == 4
+    assert torch.equal(x, draw(2, 6))
+    assert cache.seen == []

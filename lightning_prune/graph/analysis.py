@@ -37,9 +37,9 @@ class Analysis:
         """[n_classes] that live when ``keep`` [n_units] stays."""
         return self.graph.alive_classes(keep)
 
-    def plan(self, keep: Bools) -> tuple[Plan, tuple[str, ...]]:
-        """What is kept, as a Plan, and what is to be said about configs."""
-        return make_plan(self.model, self.graph, self.constraints, keep)
+    def plan(self, keep: Bools, patched: frozenset[str] = frozenset()) -> tuple[Plan, tuple[str, ...]]:
+        """What is kept, as a Plan, and what is to be said about configs if these modules are ``patched``."""
+        return make_plan(self.model, self.graph, self.constraints, keep, patched)
 
     def macs(self, keep: Bools) -> int:
         """Predicted multiply-accumulates of one forward on the example inputs."""

@@ -19,7 +19,11 @@ Bools = npt.NDArray[np.bool_]
 
 
 def make_plan(
-    model: nn.Module, graph: Graph, constraints: Constraints, keep: Bools
+    model: nn.Module,
+    graph: Graph,
+    constraints: Constraints,
+    keep: Bools,
+    patched: frozenset[str] = frozenset(),
 ) -> tuple[Plan, tuple[str, ...]]:
     """Write down what is kept.
 
@@ -28,6 +32,7 @@ def make_plan(
         graph: Its graph.
         constraints: Its constraints.
         keep: [n_units] True for units that stay.
+        patched: Modules that will compute in another way, as far as the plan itself does not say so.
 
     Returns:
         The plan, and what is to be said about configs.
@@ -54,7 +59,7 @@ def make_plan(
         for e in graph.tracer.equations
         for i in mentions(e.expr, "attr")
     )
-    patched = frozenset(p.module for p in plan.patches)
+    patched |= {p.module for p in plan.patches}
     of_configs, notes = config_rewrites(model, plan.cuts, rewrites, used, patched)
     decided = frozenset((r.module, r.path) for r in rewrites + of_configs)
     stated, doubts = stated_widths(model, plan.cuts, _seen_widths(graph, constraints, alive), used | decided)

@@ -1,12 +1,13 @@
 """The plan of a pruned model, written into the config that the model saves itself with.
 
 A Hugging Face model writes its config beside its weights, whatever that holds. So what is noted on a model
-travels with ``model.save_pretrained``: plain numbers and strings, the kept indices as bits.
+travels with ``model.save_pretrained``, as one line of JSON, the kept indices as bits.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
@@ -22,23 +23,23 @@ __all__ = ["KEY", "dense_config", "pack", "tell_configs", "unpack"]
 KEY = "lightning_prune"
 
 
-def pack(plan: Plan) -> dict[str, Any]:
-    """Give a plan as plain data, its kept indices as hexadecimal bits where they are in order.
+def pack(plan: Plan) -> str:
+    """Give a plan as JSON, its kept indices as hexadecimal bits where they are in order.
 
-    >>> plan = Plan((Cut("weight", 0, 8, (0, 1, 7)),), sizes=(("weight", (8,)),))
-    >>> pack(plan)["cuts"], unpack(pack(plan)) == plan
-    ([['weight', 0, 8, '83', 1]], True)
+    >>> pack(Plan((Cut("weight", 0, 8, (0, 1, 7)),), sizes=(("weight", (8,)),)))
+    '{"format":1,"cuts":[["weight",0,8,"83",1]],"rewrites":[],"patches":[],"sizes":[["weight",[8]]]}'
     """
-    data = plan.as_dict()
-    return {**data, "cuts": [[c.tensor, c.dim, c.size, _bits(c), c.rows] for c in plan.cuts]}
+    cuts = [[c.tensor, c.dim, c.size, _bits(c), c.rows] for c in plan.cuts]
+    return json.dumps({**plan.as_dict(), "cuts": cuts}, separators=(",", ":"))
 
 
-def unpack(data: Any) -> Plan:
+def unpack(text: str) -> Plan:
     """Read what ``pack`` wrote.
 
     Raises:
         PlanError, LookupError, TypeError, ValueError: If it is no such thing.
     """
+    data = json.loads(text)
     cuts = [
         [tensor, dim, size, _indices(keep, size, rows) if isinstance(keep, str) else keep, rows]
         for tensor, dim, size, keep, rows in data["cuts"]

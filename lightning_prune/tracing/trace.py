@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -128,13 +129,21 @@ def _trace(
     if prepare is not None:
         prepare(tracer, twin)
     with undisturbed(), suppress(SharedWriteError):
-        _freeze_outputs(tracer, pick(_run(tracer, twin, example_inputs, forward_fn)))
+        _freeze_outputs(tracer, pick(_run(tracer, twin, _own(example_inputs), forward_fn)))
         if set(_unused(tracer)) - tracer.buffers:  # layers that work in training alone: auxiliary heads
             tracer.numbers.begin("train")
             with suppress(TraceError):
-                _freeze_outputs(tracer, pick(_run(tracer, twin.train(), example_inputs, forward_fn)))
+                _freeze_outputs(tracer, pick(_run(tracer, twin.train(), _own(example_inputs), forward_fn)))
     _settle_parameters(tracer)
     return tracer
+
+
+def _own(example_inputs: Any) -> Any:
+    """A forward may write into its inputs, or append to a cache among them: it gets a copy, if one can be."""
+    try:
+        return copy.deepcopy(example_inputs)
+    except Exception:  # of many kinds, such as a tensor with a history
+        return example_inputs
 
 
 def _freeze_outputs(tracer: Tracer, outputs: Any) -> None:
