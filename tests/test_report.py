@@ -155,6 +155,14 @@ def test_sentences_on_speed_take_the_place_of_the_rule_of_thumb() -> None:
     )
 
 
+def test_a_latency_that_varies_more_than_it_changes_is_no_ground_for_an_explanation() -> None:
+    noisy = sample(pruned=replace(PRUNED, latency_ms=2.0, latency_iqr_ms=0.6), speed=("Slow layers.",))
+    assert noisy.notes() == (
+        "The latency varied more than it changed, so it says nothing of the speed-up; measure on a machine "
+        "that does nothing else.",
+    )
+
+
 def test_each_reason_is_said_once_with_all_that_it_holds() -> None:
     lines = markdown_cells(to_markdown(sample()), "These positions were never up for removal.\n")
     assert lines == [

@@ -21,6 +21,7 @@ from lightning_prune.reporting.wording import (
     number,
     percent,
     saved,
+    within_spread,
 )
 
 __all__ = ["Measured", "Report", "Row", "Target", "plain"]
@@ -130,7 +131,13 @@ class Report:
             )
         macs = saved(self.dense.macs, self.pruned.macs)
         latency = saved(self.dense.latency_ms, self.pruned.latency_ms)
-        if self.speed:
+        times = [(each.latency_ms, each.latency_iqr_ms) for each in (self.dense, self.pruned)]
+        if latency is not None and within_spread(*times):
+            notes.append(
+                "The latency varied more than it changed, so it says nothing of the speed-up; measure on a "
+                "machine that does nothing else."
+            )
+        elif self.speed:
             notes += self.speed
         elif macs is not None and latency is not None and macs > 0 and latency < macs / 2:
             notes.append(

@@ -16,6 +16,7 @@ __all__ = [
     "number",
     "percent",
     "saved",
+    "within_spread",
 ]
 
 Timing = tuple[float | None, float | None]
@@ -55,6 +56,15 @@ def _compare(before: int, after: int, down: str) -> str:
     return f"{100 * abs(share):.1f}% {down if share > 0 else 'more'}"
 
 
+def within_spread(before: Timing, after: Timing) -> bool:
+    """Tell whether two latencies, each (median, interquartile range or None), differ no more than they vary.
+
+    >>> within_spread((1.0, 0.1), (0.95, 0.0)), within_spread((1.0, 0.01), (0.95, 0.0))
+    (True, False)
+    """
+    return abs((before[0] or 0.0) - (after[0] or 0.0)) <= max(before[1] or 0.0, after[1] or 0.0)
+
+
 def faster(before: Timing, after: Timing) -> str:
     """Compare two latencies, each (median, interquartile range or None), in words.
 
@@ -67,7 +77,7 @@ def faster(before: Timing, after: Timing) -> str:
     if new <= 0:
         return "too short to measure"
     times = f"{old / new:.2f}x"
-    if abs(old - new) <= max(before[1] or 0.0, after[1] or 0.0):
+    if within_spread(before, after):
         return f"{times}: within the spread"
     return f"{times} faster" if old > new else f"{times}: slower"
 
