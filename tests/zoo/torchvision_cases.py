@@ -95,6 +95,7 @@ def _detector(name: str) -> nn.Module:
     """Few candidates and no threshold: random weights would find nothing, and nothing equals nothing."""
     if name.startswith(("fasterrcnn", "maskrcnn", "keypointrcnn")):
         few = {"rpn_pre_nms_top_n_test": 40, "rpn_post_nms_top_n_test": 12, "box_detections_per_img": 10}
+        few |= {"rpn_pre_nms_top_n_train": 40, "rpn_post_nms_top_n_train": 12, "box_batch_size_per_image": 16}
         few |= {"box_score_thresh": 0.0, "min_size": 96, "max_size": 128}
     else:
         few = {"score_thresh": 0.0, "topk_candidates": 20, "detections_per_img": 10}
