@@ -57,6 +57,10 @@ class Component:
     scale: Floats
     offset: Ints
 
+    def degree(self) -> Ints:
+        """[n_rows] blocks in each row."""
+        return np.bincount(self.row, minlength=len(self.grid))
+
     def positions(self, counts: Ints) -> Ints:
         """Count kept positions: [..., n_blocks] counts -> [..., n_rows]."""
         part = csr_array((self.times, (self.block, self.row)), shape=(len(self.size), len(self.grid)))
@@ -178,31 +182,37 @@ def _component(whole: Component, block: Ints, row: Ints, entry: Ints) -> Compone
 def candidates(part: Component) -> Ints | None:
     """List every count that the rows permit, where one number decides all.
 
+    Rows with one block say what follows from what; rows with several are looked at afterwards. So the dims
+    of heads are listed although one row holds them all: another one ties each head to the next.
+
     Returns:
-        [n, n_blocks], ascending, not regarding ``floor``; None where a row holds several blocks, so that
-        there is more than one degree of freedom. Empty where no count fits, not even keeping everything.
+        [n, n_blocks], ascending, not regarding ``floor``; None where rows with several blocks leave more
+        than one degree of freedom. Empty where no count fits, not even keeping everything.
     """
-    if np.bincount(part.row, minlength=len(part.grid)).max() > 1:
-        return None
     slope = part.scale[part.row] * part.times
     shift = part.scale * part.fixed + part.offset
-    if len(part.row) == len(part.grid) and np.ptp(slope) == 0 and np.ptp(shift) == 0:
+    if (part.degree() == 1).all() and np.ptp(slope) == 0 and np.ptp(shift) == 0:
         lowest = 0 if part.fixed.min() > 0 else 1  # no block can be empty where its row would be
         shared = np.arange(lowest, part.size.min() + 1)
         return np.repeat(shared[:, None], len(part.size), axis=1)
     counts = _follow(part)
+    if counts is None:
+        return None
     counts = counts[((counts >= 0) & (counts <= part.size)).all(axis=1)]
     return counts[part.holds(counts)]
 
 
-def _follow(part: Component) -> Ints:
-    """Give the counts of all blocks for every count of block 0, where they are whole numbers."""
+def _follow(part: Component) -> Ints | None:
+    """Give the counts of all blocks for every count of block 0, where they are whole numbers.
+
+    None where rows with one block, or none, do not lead from block 0 to every other.
+    """
+    plain = part.degree() < 2
     rows_of_grid: dict[int, list[int]] = {}
-    for r, g in enumerate(part.grid.tolist()):
-        rows_of_grid.setdefault(g, []).append(r)
-    entry_of_row = {
-        r: (b, m) for r, b, m in zip(*(a.tolist() for a in (part.row, part.block, part.times)), strict=True)
-    }
+    for r in np.flatnonzero(plain).tolist():
+        rows_of_grid.setdefault(int(part.grid[r]), []).append(r)
+    entries = (a[plain[part.row]].tolist() for a in (part.row, part.block, part.times))
+    entry_of_row = {r: (b, m) for r, b, m in zip(*entries, strict=True)}
     rows_of_block: dict[int, list[int]] = {}
     for r, (b, _) in entry_of_row.items():
         rows_of_block.setdefault(b, []).append(r)
@@ -211,7 +221,7 @@ def _follow(part: Component) -> Ints:
     seen, todo = set(), [0]
     while todo:
         block = todo.pop()
-        for r in rows_of_block[block]:
+        for r in rows_of_block.get(block, ()):
             if (g := int(part.grid[r])) in seen:
                 continue
             seen.add(g)
@@ -226,7 +236,7 @@ def _follow(part: Component) -> Ints:
                     rest = (base - int(part.offset[other])) / scale[other] - int(part.fixed[other])
                     line[b] = (top / scale[other] / m, rest / m)
                     todo.append(b)
-    return _whole(line, int(part.size[0]))
+    return _whole(line, int(part.size[0])) if len(line) == len(part.size) else None
 
 
 def _whole(line: dict[int, tuple[Fraction, Fraction]], most: int) -> Ints:

@@ -170,7 +170,8 @@ class Phase:
         blocks = np.flatnonzero(self.blocks.group == g)
         for part, listed in zip(self.blocks.parts, self.blocks.listed, strict=True):
             mine = np.isin(part.blocks, blocks)
-            if mine.sum() == len(blocks) and listed is not None and np.ptp(part.size[mine]) == 0:
+            alike = mine.sum() == len(blocks) and part.degree().max() <= 1
+            if alike and listed is not None and np.ptp(part.size[mine]) == 0:
                 return len(blocks) if (np.ptp(listed[:, mine], axis=1) == 0).all() else 1
         return 1
 
