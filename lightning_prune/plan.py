@@ -8,8 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from operator import index
 from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from lightning_prune.errors import PlanError
 
@@ -57,6 +61,11 @@ class Cut:
     def kept(self) -> int:
         """Length of the dimension after the cut."""
         return len(self.keep) // self.rows
+
+    @cached_property
+    def table(self) -> npt.NDArray[np.int64]:
+        """``keep`` as an array, [rows, kept], made once; nobody may write into it."""
+        return np.array(self.keep, np.int64).reshape(self.rows, self.kept)
 
     def by_row(self) -> list[tuple[int, ...]]:
         """Split ``keep`` into one tuple per row."""

@@ -209,8 +209,8 @@ def _mapped(source: Ints, place: Place, kept: dict[tuple[str, int], Any]) -> Int
     cut = kept.get((place.tensor, place.dim))
     table = source
     if cut is not None:
-        rows = cut.by_row()
-        table = np.stack([table[r if len(table) > 1 else 0][list(keep)] for r, keep in enumerate(rows)])
+        rows = np.broadcast_to(table[: cut.rows], (cut.rows, table.shape[1]))
+        table = np.take_along_axis(rows, cut.table, axis=1)
     if table.shape[1] != place.classes.shape[1]:
         raise CertificateError(
             f"{place.tensor} dim {place.dim} has {place.classes.shape[1]} indices after the cut, "

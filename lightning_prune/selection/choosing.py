@@ -214,7 +214,7 @@ def kept_units(analysis: Analysis, plan: Plan) -> Bools:
     lives: dict[tuple[str, int], Bools] = {}
     for cut in plan.cuts:
         table = lives[cut.tensor, cut.dim] = np.zeros((cut.rows, cut.size), bool)
-        table[np.repeat(np.arange(cut.rows), cut.kept), cut.keep] = True
+        table[np.arange(cut.rows)[:, None], cut.table] = True
     keep = np.ones(analysis.graph.n_units, bool)
     for group in analysis.groups:
         for m in group.members:

@@ -110,7 +110,7 @@ class Snapshot:
     def across(model: nn.Module, *plans: Plan) -> Snapshot:
         """Take a snapshot of all that the plans name and the model has, whether or not they fit."""
         modules = dict(model.named_modules(remove_duplicate=False))
-        tensors = _named_tensors(model)
+        tensors = _named_tensors(modules)
         undos: list[Callable[[], None]] = []
         for plan in plans:
             rewrites = [r for r in plan.rewrites if _leads_somewhere(modules, r)]
@@ -218,7 +218,7 @@ def _checked(model: nn.Module, plan: Plan, *, on_meta: bool = False) -> list[_Ta
             "Apply it outside; torch.no_grad() is fine"
         )
     modules = dict(model.named_modules(remove_duplicate=False))
-    tensors = _named_tensors(model)
+    tensors = _named_tensors(modules)
     if plan:
         for name, tensor in tensors.items():
             _check_kind(name, tensor, modules, on_meta=on_meta)
@@ -231,11 +231,16 @@ def _checked(model: nn.Module, plan: Plan, *, on_meta: bool = False) -> list[_Ta
     return targets
 
 
-def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
+def _named_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Every parameter, then every buffer, under each of its names."""
+    tables = [(f"{name}." if name else "", module) for name, module in modules.items()]
+    found: dict[str, Tensor] = {}
+    for kind in ("_parameters", "_buffers"):
+        for prefix, module in tables:
+            for key, tensor in getattr(module, kind).items():
+                if tensor is not None:
+                    found[prefix + key] = tensor
+    return found
 
 
 def _check_kind(name: str, tensor: Tensor, modules: Mapping[str, nn.Module], *, on_meta: bool) -> None:

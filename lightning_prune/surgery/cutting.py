@@ -33,8 +33,8 @@ def cut_tensor(tensor: Tensor, cuts: Iterable[Cut]) -> Tensor:
     """
     out = tensor.detach()
     for cut in sorted(cuts, key=lambda c: (c.rows == 1, c.dim)):
-        keep = torch.tensor(cut.keep, dtype=torch.long, device=tensor.device)
-        out = out.index_select(cut.dim, keep) if cut.rows == 1 else _cut_rows(out, cut, keep)
+        keep = torch.from_numpy(cut.table).to(tensor.device)
+        out = out.index_select(cut.dim, keep[0]) if cut.rows == 1 else _cut_rows(out, cut, keep)
     return out if tensor.layout != torch.strided else _laid_out_like(out, tensor)
 
 
@@ -57,7 +57,7 @@ def _cut_rows(tensor: Tensor, cut: Cut, keep: Tensor) -> Tensor:
         cut.dim + 1, 1
     )  # [rows, size, n0/rows, ...]
     row = torch.arange(cut.rows, device=tensor.device).unsqueeze(1)
-    return blocks[row, keep.reshape(cut.rows, -1)].movedim(1, cut.dim + 1).flatten(0, 1)
+    return blocks[row, keep].movedim(1, cut.dim + 1).flatten(0, 1)
 
 
 def _laid_out_like(out: Tensor, like: Tensor) -> Tensor:
