@@ -108,3 +108,52 @@ def test_tied_parameters_and_dicts_are_tied_in_the_copy_too() -> None:
     assert twin[0].weight is twin[1].weight  # type: ignore[index]
     assert twin[0].memory is twin[1].memory is not model[0].memory  # type: ignore[index]
     assert twin[0]._forward_hooks is not twin[1]._forward_hooks  # type: ignore[index]
+
+
+class Odd(nn.Module):
+    """Holds things in every way in which a copy may come apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.arange(6.0))
+        self.part = self.table[2:4]
+        self.register_buffer("same", self.table.view(2, 3))
+        self.fc = nn.Linear(6, 2)
+        self.again, self.listed, self.sizes = self.fc, [self.fc, self], (3, [4])
+        self.mark = torch.ones(2)
+        self.mark.note = [self.fc]
+        self.own = Own()
+        self.hook = self.fc.register_forward_hook(print)
+
+
+class Own(nn.Module):
+    """Says itself how it is copied."""
+
+    copies = 0
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Own:
+        twin = memo[id(self)] = Own()
+        twin.copies = self.copies + 1
+        return twin
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_copy_holds_together_as_the_model_does(share: bool) -> None:
+    model = Odd()
+    twin = copy_for_tracing(model, share=share)
+    assert type(twin) is Odd
+    assert twin is not model
+    assert twin.again is twin.fc is twin.listed[0] is twin.mark.note[0]
+    assert twin.fc is not model.fc
+    assert twin.listed[1] is twin
+    assert twin.sizes == (3, [4])
+    assert twin.sizes[1] is not model.sizes[1]
+    assert (twin.fc.weight.data_ptr() == model.fc.weight.data_ptr()) == share
+    assert twin.own.copies == 1
+    assert list(twin.fc._forward_hooks.values()) == [print]
+    twin.table.fill_(7.0)
+    assert twin.part.tolist() == [7.0, 7.0]
+    assert twin.same.tolist() == [[7.0] * 3] * 2
+    assert model.table.tolist() == [0, 1, 2, 3, 4, 5]
+    assert not twin.training
+    assert model.training

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from types import BuiltinFunctionType, FunctionType, NoneType
 from typing import Any
 
 import torch
@@ -90,9 +92,11 @@ def copy_for_tracing(model: nn.Module, *, share: bool) -> nn.Module:
     Raises:
         TraceError: If the model cannot be copied.
     """
-    memo: dict[int, Any] = _shells(model) if share else {}
+    memo: dict[Any, Any] = {}
+    if share:
+        _lend(model, memo)
     try:
-        twin = copy.deepcopy(model, memo)
+        twin = _copied(model, memo)
     except Exception as error:
         raise TraceError(
             f"The model {type(model).__name__} was to be traced on a copy, but copy.deepcopy failed with "
@@ -101,13 +105,65 @@ def copy_for_tracing(model: nn.Module, *, share: bool) -> nn.Module:
     return twin.eval()
 
 
-def _shells(model: nn.Module) -> dict[int, Any]:
-    """What deepcopy need not walk through, by id: parameters, and the many empty dicts of modules."""
-    memo: dict[int, Any] = {}
+def _lend(model: nn.Module, memo: dict[Any, Any]) -> None:
+    """Put parameters over the same memory where deepcopy looks for what is copied already."""
     for module in model.modules():
         for value in (*vars(module).values(), *module._parameters.values()):
             if _can_be_lent(value):
                 memo[id(value)] = nn.Parameter(value.data, value.requires_grad)
-            elif type(value) in (dict, OrderedDict) and not value:
-                memo[id(value)] = type(value)()
-    return memo
+
+
+_ATOMS = frozenset((NoneType, bool, int, float, complex, str, bytes, type, FunctionType, BuiltinFunctionType))
+
+
+def _copied(module: nn.Module, memo: dict[Any, Any]) -> nn.Module:
+    """Do as deepcopy does, which spends most of its time on attributes of which it makes no copy."""
+    kind: Any = type(module)
+    if id(module) in memo or not _is_plain(kind):
+        return copy.deepcopy(module, memo)
+    twin: nn.Module = kind.__new__(kind)
+    memo[id(module)] = twin
+    state = {key: _value(value, memo) for key, value in kind.__getstate__(module).items()}
+    kind.__setstate__(twin, state)
+    return twin
+
+
+def _value(value: Any, memo: dict[Any, Any]) -> Any:
+    kind = type(value)
+    if kind in _ATOMS or (kind is tuple and all(type(item) in _ATOMS for item in value)):
+        return value
+    if isinstance(value, nn.Module):
+        return _copied(value, memo)
+    if kind is Tensor:
+        return _cloned(value, memo)
+    if kind in (dict, OrderedDict) and id(value) not in memo:
+        table = memo[id(value)] = kind()
+        for key, item in value.items():
+            table[_value(key, memo)] = _value(item, memo)
+        return table
+    return copy.deepcopy(value, memo)
+
+
+def _cloned(tensor: Tensor, memo: dict[Any, Any]) -> Tensor:
+    """Copy a tensor that fills its memory; what looks at the same memory will look at that of the copy."""
+    is_simple = tensor.is_leaf and not tensor.requires_grad and not tensor.is_meta and not vars(tensor)
+    if id(tensor) not in memo and is_simple and tensor.layout == torch.strided and tensor.is_contiguous():
+        storage, seen = tensor.untyped_storage(), memo.setdefault("torch", {})
+        if storage.nbytes() == tensor.nbytes and storage._cdata not in seen and not tensor.is_inference():
+            twin = memo[id(tensor)] = tensor.clone()
+            seen[storage._cdata] = twin.untyped_storage()
+            return twin
+    return copy.deepcopy(tensor, memo)
+
+
+@lru_cache(maxsize=4096)
+def _is_plain(cls: type) -> bool:
+    """Whether a class leaves it to Python and ``nn.Module`` how it is copied."""
+    hooks = ("__new__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__")
+    return (
+        all(getattr(cls, hook, None) is getattr(object, hook, None) for hook in hooks)
+        and getattr(cls, "__getstate__", None) is getattr(nn.Module, "__getstate__", None)
+        and not hasattr(cls, "__deepcopy__")
+        and cls not in copyreg.dispatch_table
+        and not any(vars(base).get("__slots__") for base in cls.__mro__)
+    )
