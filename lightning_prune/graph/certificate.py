@@ -147,20 +147,12 @@ def certify(before: Analysis, after: Analysis, keep: Bools, plan: Plan) -> None:
     classes = _expected(before, keep)
     old = {(p.tensor, p.dim): classes.of[_atoms(before, p)] for p in before.graph.places}
     kept = {(c.tensor, c.dim): c for c in plan.cuts}
-    pairs: list[Ints] = []
-    names: list[str] = []
-    owner: list[Ints] = []
-    for place in after.graph.places:
-        source = old.get((place.tensor, place.dim))
-        if source is None:
-            continue
-        mapped = _mapped(source, place, kept)
-        pairs.append(np.stack([place.classes.ravel(), mapped.ravel()]))
-        owner.append(np.full(mapped.size, len(names), np.int64))
-        names.append(f"{place.tensor} dim {place.dim}")
-    if not pairs:
+    found = [p for p in after.graph.places if (p.tensor, p.dim) in old]
+    if not found:
         return
-    table, where = np.concatenate(pairs, axis=1), np.concatenate(owner)
+    mapped = [_mapped(old[p.tensor, p.dim], p, kept).ravel() for p in found]
+    table = np.stack([np.concatenate([p.classes.ravel() for p in found]), np.concatenate(mapped)])
+    where = np.repeat(np.arange(len(found)), [len(m) for m in mapped])
     live = (table[0] != FROZEN) & (table[1] != FROZEN)
     table, where = table[:, live], where[live]
     width = int(table[1].max(initial=0)) + 1
@@ -168,7 +160,8 @@ def certify(before: Analysis, after: Analysis, keep: Bools, plan: Plan) -> None:
     unique = np.divmod(keys, width)
     mixed = unique[0][1:][unique[0][1:] == unique[0][:-1]]
     if len(mixed):
-        places = sorted({names[where[i]] for i in first[np.isin(unique[0], mixed)]})
+        numbers = {int(where[i]) for i in first[np.isin(unique[0], mixed)]}
+        places = sorted(f"{found[i].tensor} dim {found[i].dim}" for i in numbers)
         raise CertificateError(
             f"The pruned model was to be a restriction of the original, but {len(np.unique(mixed))} of its "
             f"couplings join channels that were apart, in {', '.join(places[:6])}. The cut was undone; add "
@@ -209,11 +202,16 @@ def _mapped(source: Ints, place: Place, kept: dict[tuple[str, int], Any]) -> Int
     cut = kept.get((place.tensor, place.dim))
     table = source
     if cut is not None:
-        rows = np.broadcast_to(table[: cut.rows], (cut.rows, table.shape[1]))
-        table = np.take_along_axis(rows, cut.table, axis=1)
+        if cut.rows == 1:
+            table = table[:1, cut.table[0]]
+        else:
+            rows = np.broadcast_to(table[: cut.rows], (cut.rows, table.shape[1]))
+            table = np.take_along_axis(rows, cut.table, axis=1)
     if table.shape[1] != place.classes.shape[1]:
         raise CertificateError(
             f"{place.tensor} dim {place.dim} has {place.classes.shape[1]} indices after the cut, "
             f"{table.shape[1]} were planned. The cut was undone."
         )
+    if table.shape == place.classes.shape:
+        return table
     return np.broadcast_to(table[: len(place.classes)] if len(table) > 1 else table, place.classes.shape)

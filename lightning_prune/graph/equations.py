@@ -36,6 +36,7 @@ class Constraints:
         self.graph = graph
         self.ledger = graph.tracer.ledger
         self.equations: list[Equation] = graph.tracer.equations
+        self._of_heads: dict[int, bool] = {}  # axis -> whether it counts heads
 
     @cached_property
     def axes(self) -> list[Ints]:
@@ -55,7 +56,7 @@ class Constraints:
         head = np.full(len(classes.row), -1, np.int64)
         position, element = classes.elements(np.arange(len(head)))
         is_head = classes.is_head[element] & classes.is_row[element]
-        pairs = np.unique(np.stack([position[is_head], element[is_head]]), axis=1)
+        pairs = np.divmod(np.unique(position[is_head] * len(head) + element[is_head]), max(len(head), 1))
         several = pairs[0][1:][pairs[0][1:] == pairs[0][:-1]]
         head[pairs[0]] = pairs[1]
         head[several] = -2
@@ -146,6 +147,11 @@ class Constraints:
         live = classes[classes != FROZEN]
         return bool(len(live)) and bool(np.all(self.head_of[live] == live))
 
+    def _counts_heads(self, axis: int) -> bool:
+        if axis not in self._of_heads:
+            self._of_heads[axis] = self._speaks_of_heads(self.axes[axis])
+        return self._of_heads[axis]
+
     def _positions(self, classes: Ints, alive: Bools) -> Ints:
         """Units of the positions of a row that are not gone with their head."""
         return self.unit[classes[alive[classes]]]
@@ -160,7 +166,7 @@ class Constraints:
         right = ({}, Fraction(e.value)) if e.target is None else self._axis_term(e.target, alive, heads)
         terms, constant = _combine("-", left, right) or ({}, Fraction(0))
         terms = {axis: k for axis, k in terms.items() if k}
-        if terms and all(heads == self._speaks_of_heads(self.axes[a]) for a in terms):
+        if terms and all(heads == self._counts_heads(a) for a in terms):
             grid = self._balance(terms, constant, alive, self.ledger.explain(e.why))
             if grid is not None:
                 yield grid
@@ -200,7 +206,7 @@ class Constraints:
         """Heads are known numbers once they are chosen."""
         if not self.axes[axis].any():
             return {}, Fraction(self.axes[axis].shape[1])
-        if not heads and self._speaks_of_heads(self.axes[axis]):
+        if not heads and self._counts_heads(axis):
             return {}, Fraction(int(alive[self.axes[axis]].sum(axis=1).max()))
         return {axis: Fraction(1)}, Fraction(0)
 

@@ -40,7 +40,8 @@ def make_plan(
     if keep.all():
         return Plan(), ()
     alive = graph.alive_classes(keep)
-    cuts = tuple(cut for place in graph.places if (cut := _cut(place, alive)) is not None)
+    known: dict[tuple[int, bytes], tuple[int, ...]] = {}  # many places keep the same
+    cuts = tuple(cut for place in graph.places if (cut := _cut(place, alive, known)) is not None)
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     sizes = tuple(sorted((name, tuple(tensors[name].shape)) for name in {c.tensor for c in cuts}))
     values = constraints.attributes(alive)
@@ -76,13 +77,15 @@ def _seen_widths(graph: Graph, constraints: Constraints, alive: Bools) -> dict[t
     return seen
 
 
-def _cut(place: Place, alive: Bools) -> Cut | None:
+def _cut(place: Place, alive: Bools, known: dict[tuple[int, bytes], tuple[int, ...]]) -> Cut | None:
     kept = alive[place.classes]
     if kept.all():
         return None
     rows, size = place.classes.shape
-    keep = np.flatnonzero(kept) % size  # row after row
-    return Cut(place.tensor, place.dim, size, tuple(keep.tolist()), rows)
+    key = size, kept.tobytes()
+    if key not in known:
+        known[key] = tuple((np.flatnonzero(kept) % size).tolist())  # row after row
+    return Cut(place.tensor, place.dim, size, known[key], rows)
 
 
 def _rewrites(graph: Graph, values: dict[int, int]) -> tuple[Rewrite, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from math import ceil
 
 import numpy as np
@@ -116,6 +117,13 @@ class Case:
     def round_to(self) -> int:
         """What kept counts shall be a multiple of, 1 where nothing is asked."""
         return self.demand.round_to or 1
+
+    @cached_property
+    def owned(self) -> tuple[Ints, Ints]:
+        """Unit and head of every entry whose row a head owns."""
+        owner = self.owner[self.row]
+        at = np.flatnonzero(owner >= 0)
+        return self.unit[at], owner[at]
 
 
 def flatten(groups: Sequence[Group], scores: Sequence[Floats], grids: Sequence[Grid], demand: Demand) -> Case:

@@ -105,9 +105,10 @@ class Phase:
         self.open = np.ones(len(b.size), bool)  # blocks that have no count yet
         self.quota, self.todo = np.zeros(n_groups, np.int64), np.zeros(n_pools, np.int64)
         self.going = np.zeros(len(b.size), np.int64)  # the present wish
-        self.loose = np.ones(len(b.size), bool)  # blocks without a row
-        for part in b.parts:
-            self.loose[part.blocks] = False
+        self.part = np.full(len(b.size), -1, np.int64)  # component of each block, -1 for one without a row
+        for number, part in enumerate(b.parts):
+            self.part[part.blocks] = number
+        self.loose = self.part < 0
         self.counts = b.size.copy()
         self.cause: dict[int, str] = {}
         self.short = np.zeros(n_pools, bool)  # pools that caps and locks keep from their ratio
@@ -168,11 +169,13 @@ class Phase:
     def _rows(self, g: int) -> int:
         """Count the rows that the grids make of a group: its blocks, where they share one count."""
         blocks = np.flatnonzero(self.blocks.group == g)
-        for part, listed in zip(self.blocks.parts, self.blocks.listed, strict=True):
-            mine = np.isin(part.blocks, blocks)
-            alike = mine.sum() == len(blocks) and part.degree().max() <= 1
-            if alike and listed is not None and np.ptp(part.size[mine]) == 0:
-                return len(blocks) if (np.ptp(listed[:, mine], axis=1) == 0).all() else 1
+        number = int(self.part[blocks[0]]) if len(blocks) else -1
+        if number < 0 or (self.part[blocks] != number).any():
+            return 1
+        part, listed = self.blocks.parts[number], self.blocks.listed[number]
+        mine = self.blocks.group[part.blocks] == g
+        if listed is not None and part.degree().max() <= 1 and np.ptp(part.size[mine]) == 0:
+            return len(blocks) if (np.ptp(listed[:, mine], axis=1) == 0).all() else 1
         return 1
 
     def _wish(self, p: int) -> None:
@@ -331,9 +334,9 @@ def _blocks(run: Progress, scope: Bools) -> _Blocks:
 def _initial(run: Progress, g: int, live: int) -> Fraction:
     """Count a group's units before the first step, without those of heads that have gone since."""
     case, units = run.case, run.case.groups[g].units
-    initial, owner = Fraction(int(case.demand.initial[g])), case.owner[case.row]
-    mine = (owner >= 0) & (case.group[case.unit] == g)
-    pairs = np.unique(case.unit[mine] * len(case.group) + owner[mine])
+    initial, (unit, owner) = Fraction(int(case.demand.initial[g])), case.owned
+    mine = case.group[unit] == g
+    pairs = np.unique(unit[mine] * len(case.group) + owner[mine])
     if len(pairs) != len(units) or len(np.unique(pairs // len(case.group))) != len(units):
         return initial * Fraction(live, len(units))
     owners = np.unique(pairs % len(case.group))

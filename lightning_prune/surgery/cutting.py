@@ -33,8 +33,8 @@ def cut_tensor(tensor: Tensor, cuts: Iterable[Cut]) -> Tensor:
     """
     out = tensor.detach()
     for cut in sorted(cuts, key=lambda c: (c.rows == 1, c.dim)):
-        keep = torch.from_numpy(cut.table).to(tensor.device)
-        out = out.index_select(cut.dim, keep[0]) if cut.rows == 1 else _cut_rows(out, cut, keep)
+        keep = torch.from_numpy(cut.table[0] if cut.rows == 1 else cut.table).to(tensor.device)
+        out = out.index_select(cut.dim, keep) if cut.rows == 1 else _cut_rows(out, cut, keep)
     return out if tensor.layout != torch.strided else _laid_out_like(out, tensor)
 
 
@@ -63,6 +63,8 @@ def _cut_rows(tensor: Tensor, cut: Cut, keep: Tensor) -> Tensor:
 def _laid_out_like(out: Tensor, like: Tensor) -> Tensor:
     # Outer dimensions first. A size-1 dimension shares the stride of the dimension it lies inside of, so of
     # two dimensions with one stride the larger is the outer: 1x1 and depthwise weights keep their format too.
+    if like.dim() == 1:
+        return out.contiguous()
     strides, shape = like.stride(), like.shape
     order = sorted(range(like.dim()), key=lambda d: (-strides[d], -shape[d]))
     if order == list(range(like.dim())):

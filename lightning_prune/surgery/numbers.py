@@ -31,6 +31,7 @@ Table: TypeAlias = Mapping[str, Mapping[int, tuple[tuple[Number, Number], ...]]]
 """Operation -> number of the leaf -> pairs (found, kept)."""
 
 TENSOR = "<tensor>"
+_PLAIN = frozenset((bool, int, float, str, NoneType))
 RELATIVE = 1e-9  # numbers nearer than this are one number, computed by two libraries
 _ALIASES = {
     "multiply": "mul", "imul": "mul", "truediv": "div", "itruediv": "div", "idiv": "div", "divide": "div",
@@ -123,7 +124,9 @@ def leaves(name: str, args: Arguments, kwargs: Keywords) -> tuple[Any, ...]:
 
 
 def _collect(value: Any, whole: bool, found: list[Any]) -> None:
-    if isinstance(value, (tuple, list)):
+    if type(value) in _PLAIN:  # most are
+        found.append(value)
+    elif isinstance(value, (tuple, list)):
         found.append((len(value),))
         if all(isinstance(item, Tensor) for item in value):
             return
@@ -143,7 +146,7 @@ def _collect(value: Any, whole: bool, found: list[Any]) -> None:
 def _leaf(value: Any, whole: bool) -> Any:
     if isinstance(value, Tensor):
         return TENSOR
-    if type(value) in (bool, int, float, str, NoneType):
+    if type(value) in _PLAIN:
         return value
     if isinstance(value, np.generic):
         return value.item()
