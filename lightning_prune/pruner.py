@@ -10,35 +10,31 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor, nn
 
 from lightning_prune.budgets.meeting import Budget
 from lightning_prune.budgets.subject import Subject
-from lightning_prune.errors import OptionError, PruneError, StaleGraphError
-from lightning_prune.graph.analysis import Analysis, solved
-from lightning_prune.graph.certificate import Trial, UnkeptError, certify, try_out
-from lightning_prune.graph.couplings import Coupling, couplings
-from lightning_prune.graph.explaining import Frozen, explain, list_frozen
+from lightning_prune.errors import OptionError, PruneError
 from lightning_prune.graph.groups import Group
 from lightning_prune.options import PruningOptions
 from lightning_prune.plan import Plan
 from lightning_prune.scores.evidence import Collector, Reduce
-from lightning_prune.scores.importance import Evidence
-from lightning_prune.scores.ranking import rank
 from lightning_prune.scores.regularizer import Regularizer
-from lightning_prune.selection.choosing import Choice, Chooser, bound_by, kept_units, living_units
+from lightning_prune.scores.scoring import Scorer
+from lightning_prune.selection.census import Census
+from lightning_prune.selection.choosing import Choice, Chooser, kept_units
 from lightning_prune.selection.forecast import Forecast, foresee
+from lightning_prune.selection.questions import Questions
 from lightning_prune.selection.requests import (
     Targets,
     check_counts,
     check_custom,
     check_ratio,
-    key,
     targets,
     unwrapped,
 )
 from lightning_prune.selection.schedules import resolve
+from lightning_prune.selection.settling import Settler
 from lightning_prune.surgery.applying import Snapshot, apply
 from lightning_prune.surgery.optimizers import Carrier
 from lightning_prune.surgery.structure import note, plan_of
@@ -52,7 +48,7 @@ Floats = npt.NDArray[np.float64]
 OF_THE_DENSE = ("budget", "in_channel_groups", "out_channel_groups", "num_heads")
 
 
-class GroupNormPruner:
+class GroupNormPruner(Questions):
     """Prunes groups of coupled channels and heads by their norm (it has nothing to do with ``nn.GroupNorm``).
 
     Structured pruning with sparsity regularisation as in DepGraph (Fang et al., CVPR 2023, section 3.3) and,
@@ -70,6 +66,7 @@ class GroupNormPruner:
         BudgetError: If a budget cannot be met.
         TraceError: If the model cannot be run on the example inputs.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> pruner = GroupNormPruner(net, torch.ones(1, 4), pruning_ratio=0.5)
     >>> pruner.step().cuts[0].kept
@@ -130,23 +127,18 @@ class GroupNormPruner:
         self._course(self.pruning_ratio)
         self.plan = Plan()
         self.current_step = 0
-        self.notes: tuple[str, ...] = ()
         self.scores: tuple[Floats, ...] = ()  # [n_units] per group: what the last choice was made by
-        self._evidence = Evidence(include_bias=include_bias)
-        self.collector = Collector(model, importance)
-        self._head_dims: frozenset[str] = frozenset()
-        self._initial: dict[str, float] = {}
         self.budget = Budget(budget)
+        self._census = Census()
+        self._scorer = Scorer(model, self.options)
         self._regularizer: Regularizer | None = None
-        self._trial: Trial | None = None
-        self._held: tuple[tuple[Bools, str], ...] = ()
         check_custom(model, customized_pruners)
-        self._adopt(self._analyse())
-        check_counts(self._analysis, self.options)
-        self._goal = self._targets(self.pruning_ratio)
-        self._check_importance()
+        super().__init__(Settler(model, self._trace))
+        check_counts(self.analysis, self.options)
+        self._follow()
+        self._scorer.check(self.pressed_groups())
         if budget:
-            self._choose(self.iterative_steps, self._scores(rehearsal=True))
+            self._choose(self.iterative_steps, self._scorer.scores(self.groups(), rehearsal=True))
 
     # -- pruning -----------------------------------------------------------------------------------
 
@@ -165,14 +157,14 @@ class GroupNormPruner:
             StaleGraphError: If shapes were changed behind the pruner's back.
             CertificateError: If the cut would not give a restriction of the model. Nothing was changed.
         """
-        self._refuse_stale()
+        self._settler.refuse_stale()
         if self.current_step >= self.iterative_steps:
             warnings.warn(
                 f"step() was called after all {self.iterative_steps} iterative_steps; nothing was pruned.",
                 stacklevel=2,
             )
             return Plan()
-        self.scores = tuple(self._scores())
+        self.scores = tuple(self._scorer.scores(self.groups()))
         plan, choice = self.settle(lambda locked: self._choose(self.current_step + 1, self.scores, locked))
         if dry_run:
             return plan
@@ -193,14 +185,14 @@ class GroupNormPruner:
             PlanError: If the plan does not fit. Nothing was changed.
             CertificateError: If the result would not be a restriction of the model. Nothing was changed.
         """
-        self._refuse_stale()
+        self._settler.refuse_stale()
         if any(p.is_meta for p in self.model.parameters()):
             raise PruneError(
                 "The model is on the meta device and has no weights to cut. Use step(dry_run=True), "
                 "or load weights first."
             )
         if plan:
-            before, trial = self._analysis, self._try_out(plan)
+            before, trial = self.analysis, self._settler.try_out(plan)
             plan = trial.plan
             kept = (plan_of(self.model) or self.plan).then(plan)
             carrier = Carrier.of(optimizers, self.model, plan)
@@ -212,22 +204,30 @@ class GroupNormPruner:
                 snapshot.restore()
                 raise
             self.collector.follow(plan)
-            self._forget_heads(before, kept_units(before, plan))
+            self._census.forget_heads(before, kept_units(before, plan))
             self.plan = self.plan.then(plan)
             note(self.model, kept)
-            self._adopt(trial.after)
+            self._settler.adopt(trial.after)
+            self._follow()
         self.current_step += 1
         self._regularizer = None
         return plan
 
-    def groups(self) -> tuple[Group, ...]:
-        """Groups of units that can be removed now."""
-        return self._analysis.groups
+    def settle(self, choose: Callable[[Bools], Choice]) -> tuple[Plan, Choice]:
+        """Make a plan that can be applied. Sizes that the forward computes with, and cannot do without, stay.
+
+        Args:
+            choose: [n_units] units that must stay -> choice; asked again while there are more of them.
+
+        Raises:
+            CertificateError: If the cut would not give a restriction of the model.
+        """
+        return self._settler.settle(choose)
 
     @property
-    def analysis(self) -> Analysis:
-        """The graph of the model as it is."""
-        return self._analysis
+    def collector(self) -> Collector:
+        """What was collected for an importance that no weight tells of."""
+        return self._scorer.collector
 
     @property
     def goal(self) -> Targets:
@@ -236,8 +236,9 @@ class GroupNormPruner:
 
     def chooser(self, scores: Sequence[Floats] | None = None) -> Chooser:
         """Give what chooses units by scores, by default those of the weights as they are."""
-        initial = [self._initial[key(g)] for g in self.groups()]
-        return Chooser(self._analysis, self._scores() if scores is None else scores, initial, self.options)
+        groups = self.groups()
+        scores = self._scorer.scores(groups) if scores is None else scores
+        return Chooser(self.analysis, scores, self._census.of(groups), self.options)
 
     def pressed_groups(self) -> tuple[Group, ...]:
         """Groups that the ratios reach: sparse learning presses them. Ignored ones and ratio 0 are out."""
@@ -246,11 +247,6 @@ class GroupNormPruner:
             for group, ratio in zip(self.groups(), self._goal.ratio, strict=True)
             if ratio > 0 and not self._goal.locked[group.units].all()
         )
-
-    def kept_units(self, plan: Plan) -> tuple[Bools, ...]:
-        """Tell per group which units a plan for the model as it is keeps, [n_units] each."""
-        keep = kept_units(self._analysis, plan)
-        return tuple(keep[group.units] for group in self.groups())
 
     def foresee(self) -> Iterator[Forecast]:
         """Yield what is left now and after every step to come, chosen by the weights as they are.
@@ -261,32 +257,10 @@ class GroupNormPruner:
         Raises:
             BudgetError: If the budget of a step cannot be met.
         """
-        yield foresee(self._analysis, self.current_step, Choice(np.ones(self._analysis.graph.n_units, bool)))
-        drawn = self._evidence.generator.get_state()
-        scores = self._scores(rehearsal=True)
-        self._evidence.generator.set_state(drawn)  # random scores of the steps themselves stay what they were
+        yield foresee(self.analysis, self.current_step, Choice(np.ones(self.analysis.graph.n_units, bool)))
+        scores = self._scorer.scores(self.groups(), rehearsal=True)
         for step in range(self.current_step + 1, self.iterative_steps + 1):
-            yield foresee(self._analysis, step, self._choose(step, scores))
-
-    def couplings(self, group: Group) -> tuple[Coupling, ...]:
-        """List the ties between the tensors of a group, each with its reason."""
-        return couplings(self._analysis, group)
-
-    def frozen(self) -> tuple[Frozen, ...]:
-        """List the channel dimensions of which something stays whatever is asked, each with its reason."""
-        return list_frozen(self._analysis)
-
-    def explain(self, name: str, dim: int) -> str:
-        """Say why a dimension of a parameter or buffer stays, or with what it is tied.
-
-        Raises:
-            OptionError: If there is no such tensor or dimension.
-        """
-        return explain(self._analysis, name, dim, self._held)
-
-    def unknown_operations(self) -> tuple[str, ...]:
-        """Operations without a rule that the trace met; what went into them stays."""
-        return tuple(dict.fromkeys(str(u.site) for u in self._analysis.graph.tracer.unknown))
+            yield foresee(self.analysis, step, self._choose(step, scores))
 
     # -- sparse learning ---------------------------------------------------------------------------
 
@@ -366,10 +340,9 @@ class GroupNormPruner:
         return {
             "step": self.current_step,
             "plan": self.plan.as_dict(),
-            "initial": dict(self._initial),
             "budget": self.budget.state_dict(),
-            "head_dims": sorted(self._head_dims),
-            "rng": bytes(self._evidence.generator.get_state().tolist()).hex(),
+            "rng": self._scorer.random_state,
+            **self._census.state_dict(),
             "regularizer": None if self._regularizer is None else self._regularizer.state_dict(),
             **({"evidence": self.collector.state_dict()} if self.collector.need else {}),
         }
@@ -378,13 +351,12 @@ class GroupNormPruner:
         """Go on where another pruner stopped, on a model that has its shapes already."""
         self.current_step = int(state["step"])
         self.plan = Plan.from_dict(state["plan"])
-        self._initial = {str(k): float(v) for k, v in state["initial"].items()}
         self.budget.load_state_dict(state["budget"])
-        self._head_dims = frozenset(state["head_dims"])
-        self._evidence.generator.set_state(torch.tensor(list(bytes.fromhex(state["rng"])), dtype=torch.uint8))
-        is_stale = any(self._shapes.get(name) != t.shape for name, t in self._tensors())
-        self._adopt(self._analyse() if is_stale else self._analysis)
-        self._goal = self._targets(self.pruning_ratio)
+        self._census.load_state_dict(state)
+        self._scorer.random_state = state["rng"]
+        if self._settler.stale() is not None:
+            self._settler.look()
+        self._follow()
         self._regularizer = None
         if state["regularizer"] is not None:
             self.regularizer.load_state_dict(state["regularizer"])
@@ -392,12 +364,7 @@ class GroupNormPruner:
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _analyse(self) -> Analysis:
-        return solved(self.model, self._trace())
-
-    def _trace(
-        self, change: Callable[[nn.Module], None] | None = None, numbers: Numbers | None = None
-    ) -> Tracer:
+    def _trace(self, change: Callable[[nn.Module], None] | None, numbers: Numbers | None) -> Tracer:
         return trace(
             self.model,
             self.example_inputs,
@@ -409,73 +376,15 @@ class GroupNormPruner:
             numbers=numbers,
         )
 
-    def settle(self, choose: Callable[[Bools], Choice]) -> tuple[Plan, Choice]:
-        """Make a plan that can be applied. Sizes that the forward computes with, and cannot do without, stay.
-
-        Args:
-            choose: [n_units] units that must stay -> choice; asked again while there are more of them.
-
-        Raises:
-            CertificateError: If the cut would not give a restriction of the model.
-        """
-        locked = np.zeros(self._analysis.graph.n_units, bool)
-        unkept: tuple[tuple[Bools, str], ...] = ()
-        while True:
-            choice = choose(locked)
-            plan, of_configs = self._analysis.plan(choice.keep)
-            self.notes = choice.notes + of_configs + tuple(note for _, note in unkept)
-            self._held = choice.held + unkept
-            if not plan:
-                return plan, choice
-            try:
-                trial = self._try_out(plan)
-            except UnkeptError as error:
-                bound = bound_by(self._analysis, error.axes)
-                if not (bound & ~choice.keep).any():
-                    raise
-                locked |= bound
-                note = f"numbers computed from these sizes could not be kept: {'; '.join(error.reasons)}"
-                unkept += ((bound & ~choice.keep, note),)
-                continue
-            patched = frozenset(p.module for p in trial.plan.patches)
-            if patched - {p.module for p in plan.patches}:
-                _, of_configs = self._analysis.plan(choice.keep, patched)
-                self.notes = choice.notes + of_configs + tuple(note for _, note in unkept)
-            self.notes = tuple(dict.fromkeys(self.notes + trial.notes))
-            return trial.plan, choice
-
-    def _try_out(self, plan: Plan) -> Trial:
-        """Cut a copy, and hold it against the model."""
-        if self._trial is None or self._trial.plan != plan:
-            trial = try_out(self._analysis, plan, self._trace)
-            certify(self._analysis, trial.after, kept_units(self._analysis, plan), plan)
-            self._trial = trial
-        return self._trial
-
-    def _adopt(self, analysis: Analysis) -> None:
-        self._analysis, self._trial, self._held = analysis, None, ()
-        self._shapes = {name: t.shape for name, t in self._tensors()}
-        self.collector.of(analysis.groups, include_bias=self.options.include_bias)
-        self._head_dims |= {key(g) for g in analysis.groups if g.kind == "head_dim"}
-        for group in analysis.groups:
-            self._initial.setdefault(key(group), float(group.n_units))
-        if self.current_step or self.plan:
-            self._goal = self._targets(self.pruning_ratio)
-
-    def _tensors(self) -> list[tuple[str, Tensor]]:
-        return [*self.model.named_parameters(), *self.model.named_buffers()]
-
-    def _refuse_stale(self) -> None:
-        for name, tensor in self._tensors():
-            if self._shapes.get(name) != tensor.shape:
-                raise StaleGraphError(
-                    f"{name} has shape {list(tensor.shape)}, the graph was traced with "
-                    f"{list(self._shapes.get(name, ()))}. Make a new pruner after changing the model."
-                )
+    def _follow(self) -> None:
+        """Bring everything that speaks of groups up to the analysis of now."""
+        self.collector.of(self.groups(), include_bias=self.options.include_bias)
+        self._census.count(self.groups())
+        self._goal = self._targets(self.pruning_ratio)
 
     def _targets(self, ratio: float) -> Targets:
         is_new = not self.plan and not self.current_step
-        return targets(self._analysis, self.options, ratio, self._head_dims, is_new=is_new)
+        return targets(self.analysis, self.options, ratio, self._census.head_dims, is_new=is_new)
 
     def _course(self, target: float) -> list[float]:
         return resolve(self.options.iterative_pruning_ratio_scheduler, target, self.iterative_steps)
@@ -496,43 +405,12 @@ class GroupNormPruner:
 
         subject = Subject(
             self.model,
-            self._analysis,
+            self.analysis,
             self.example_inputs,
             self.options.forward_fn,
             lambda r: choose(r).keep,
         )
         return self.budget.meet(subject, choose, 1 - self._course(1 - self.budget.share)[step])
-
-    def _scores(self, *, rehearsal: bool = False) -> list[Floats]:
-        tensors = dict(self.model.named_parameters())
-        if any(t.is_meta for t in tensors.values()) or (rehearsal and self.collector.need):
-            return [np.zeros(g.n_units) for g in self.groups()]
-        found = rank(
-            self.groups(),
-            tensors,
-            importance=self.options.importance,
-            normalizer=self.options.normalizer,
-            nan_policy=self.options.nan_policy,
-            evidence=self.collector.evidence(self._evidence),
-        )
-        return [s.detach().double().cpu().numpy() for s in found]
-
-    def _check_importance(self) -> None:
-        """A wrong name is an error now, not in hour ten."""
-        if isinstance(self.options.importance, str):
-            rank([], {}, importance=self.options.importance, nan_policy=self.options.nan_policy)
-            self.collector.check(self.pressed_groups())
-
-    def _forget_heads(self, before: Analysis, keep: Bools) -> None:
-        """What went with its head no longer counts among the initial units."""
-        keep = keep.copy()
-        for group in before.groups:
-            if group.kind != "head":
-                keep[group.units] = True
-        alive = before.alive(keep)
-        for group in before.groups:
-            if group.kind != "head":
-                self._initial[key(group)] *= float(living_units(before, group, alive).mean())
 
     def _why_nothing(self) -> str:
         if not self.groups():

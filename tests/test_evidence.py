@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_prune import GroupNormPruner
 from lightning_prune.errors import OptionError
-from lightning_prune.scores.importance import NEEDS
+from lightning_prune.scores.importance import NEEDS, Evidence
 
 REG = 0.05
 WEIGHTS = ("conv.weight", "bn.weight", "fc.weight")
@@ -25,7 +25,7 @@ class Watch(Quiet):
     def on_train_epoch_end(self, trainer, pl_module):
         super().on_train_epoch_end(trainer, pl_module)
         if trainer.current_epoch == self.start_epoch - 1:
-            evidence = self.pruner.collector.evidence(self.pruner._evidence)
+            evidence = self.pruner.collector.evidence(Evidence(include_bias=False))
             self.seen = getattr(evidence, NEEDS[self.options.importance])
             self.before = {n: p.detach().clone() for n, p in pl_module.net.named_parameters()}
 

@@ -10,4 +10,5 @@ from lightning_prune.commands.entry import main
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
 sys.argv[0] = "lightning-prune"
-main()
+if __name__ == "__main__":
+    main()
