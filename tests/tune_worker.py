@@ -7,8 +7,8 @@ import torch
 
 from lightning_prune.commands.entry import main
 
-warnings.simplefilter("ignore")
-torch.set_num_threads(1)
-sys.argv[0] = "lightning-prune"
 if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    sys.argv[0] = "lightning-prune"
     main()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
 
 from hydra import compose, initialize_config_module
@@ -16,8 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_prune.errors import OptionError
 from lightning_prune.pruner import GroupNormPruner
+from lightning_prune.training.building import build_pruner, example_of, target_of
 from lightning_prune.training.callback import StructuredPruning
-from lightning_prune.training.example_inputs import Example, from_array
+from lightning_prune.training.example_inputs import from_array
 from lightning_prune.training.strategies import callbacks_of
 
 __all__ = [
@@ -130,23 +129,13 @@ def pruner_of(callback: StructuredPruning, model: LightningModule) -> GroupNormP
     Raises:
         OptionError: If the callback names a submodule that the model lacks.
     """
-    names = [name for name, _ in model.named_modules()]
-    if callback.module is not None and callback.module not in names:
-        near = ", ".join(get_close_matches(callback.module, names, cutoff=0.0))
-        raise OptionError(
-            f"pruning.module={callback.module} was asked for, which names no submodule of "
-            f"{type(model).__name__}; the nearest are {near}"
-        )
-    calls = from_array(model, callback.module)
+    target, calls = target_of(model, callback.module), from_array(model, callback.module)
     if not calls:
         return None
-    example = Example.of(calls)
-    options = {field.name: getattr(callback.options, field.name) for field in fields(callback.options)}
-    options["forward_fn"] = options["forward_fn"] or example.forward_fn
-    return GroupNormPruner(
-        model.get_submodule(callback.module or ""),
-        example.inputs,
+    return build_pruner(
+        target,
+        example_of(calls, callback.options.forward_fn),
+        callback.options,
         pruning_ratio=callback.pruning_ratio,
         iterative_steps=callback.iterative_steps,
-        **options,
     )

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
-from difflib import get_close_matches
-from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,16 +11,16 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune.checkpoint import KEY, adopt_checkpoint, manifests, prepare, record
-from lightning_prune.errors import OptionError
 from lightning_prune.options import PruningOptions
 from lightning_prune.plan import Plan
 from lightning_prune.pruner import GroupNormPruner
-from lightning_prune.reporting.report import Target
 from lightning_prune.selection.requests import check_ratio
 from lightning_prune.surgery.applying import apply
 from lightning_prune.surgery.structure import plan_of, trust_shapes
 from lightning_prune.training import example_inputs, finish
+from lightning_prune.training.account import reached_targets, settings_of
 from lightning_prune.training.arguments import as_record, whole_number
+from lightning_prune.training.building import build_pruner, example_of, has_module, target_of
 from lightning_prune.training.distilling import Distillation, Distiller
 from lightning_prune.training.evidence import EvidenceGatherer
 from lightning_prune.training.example_inputs import Call, Example
@@ -165,7 +162,7 @@ class StructuredPruning(Callback):
             self._cut_epoch = self._begun = None
         for root in (pl_module, *averaged_copies(trainer)):
             prepare(root)
-            if _has(root, self.module):  # configure_model may yet build it
+            if has_module(root, self.module):  # configure_model may yet build it
                 target = self._target(root)
                 record(target, plan_of(target))
                 trust_shapes(target)
@@ -280,8 +277,8 @@ class StructuredPruning(Callback):
                 module=self.module,
                 example=self._example,
                 pruner=self.pruner,
-                targets=self._targets(),
-                config=self._config(),
+                targets=reached_targets(self, self._progress),
+                config=settings_of(self),
             )
 
     @override
@@ -320,29 +317,7 @@ class StructuredPruning(Callback):
             adopt_checkpoint(root, checkpoint)
 
     def _target(self, root: nn.Module) -> nn.Module:
-        if not _has(root, self.module):
-            names = [name for name, _ in root.named_modules() if name]
-            near = get_close_matches(str(self.module), names, n=5, cutoff=0.0)
-            raise OptionError(
-                f"module={self.module!r} names no submodule of {type(root).__name__}; the nearest are {near}"
-            )
-        return root.get_submodule(self.module or "")
-
-    def _targets(self) -> tuple[Target, ...]:
-        if not self.options.budget or self.pruner is None:
-            return (Target("units removed", self.pruning_ratio, 1 - self._progress.kept("units")),)
-        budget = self.pruner.budget
-        counted = {"params": "parameters", "macs": "macs"}.get(budget.name)
-        kept = self._progress.kept(counted) if counted else budget.reached
-        words = {"params": "parameters", "macs": "MACs"}.get(budget.name, budget.name)
-        return (Target(f"{words} kept", budget.share, kept),)
-
-    def _config(self) -> dict[str, Any]:
-        names = ("pruning_ratio", "module", "sparse_start_epoch", "start_epoch", "every_n_epochs")
-        more = ("iterative_steps", "update_every", "recalibrate_batches")
-        own: dict[str, Any] = {name: getattr(self, name) for name in (*names, *more)}
-        own["distillation"] = None if self.distillation is None else asdict(self.distillation)
-        return {**own, "options": {f.name: getattr(self.options, f.name) for f in fields(self.options)}}
+        return target_of(root, self.module)
 
     def _build_from_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         if self.options.forward_fn is not None:
@@ -354,22 +329,15 @@ class StructuredPruning(Callback):
         self._build(pl_module, calls)
 
     def _build(self, pl_module: LightningModule, calls: list[Call]) -> None:
-        options = {field.name: getattr(self.options, field.name) for field in fields(self.options)}
-        example = Example.of(calls)
-        if self.options.forward_fn is not None:
-            inputs = calls[0].args[0] if len(calls[0].args) == 1 else calls[0].kwargs or calls[0].args
-            example = Example(inputs, self.options.forward_fn)
-        options["forward_fn"] = example.forward_fn
-        target = self._target(pl_module)
-        state = (self._restored or {}).get("pruner")
-        build = GroupNormPruner if state is None else partial(GroupNormPruner.resume, state=state)
+        target, example = self._target(pl_module), example_of(calls, self.options.forward_fn)
         with eager(pl_module):
-            self.pruner = build(
+            self.pruner = build_pruner(
                 target,
-                example.inputs,
+                example,
+                self.options,
                 pruning_ratio=self.pruning_ratio,
                 iterative_steps=self.iterative_steps,
-                **options,
+                state=(self._restored or {}).get("pruner"),
             )
             self._example, self._base = example, plan_of(target)
             self._resume()
@@ -434,7 +402,3 @@ class StructuredPruning(Callback):
         if self.pruner is None or self.target_reached:
             return False
         return trainer.current_epoch >= self.sparse_start_epoch or self.pruner.collector.need is not None
-
-
-def _has(root: nn.Module, module: str | None) -> bool:
-    return module is None or any(name == module for name, _ in root.named_modules(remove_duplicate=False))
