@@ -31,7 +31,7 @@ def target_of(root: nn.Module, module: str | None) -> nn.Module:
     """
     if not has_module(root, module):
         names = [name for name, _ in root.named_modules() if name]
-        near = ", ".join(get_close_matches(str(module), names, n=5, cutoff=0.0))
+        near = get_close_matches(str(module), names, n=5, cutoff=0.0)
         raise OptionError(
             f"module={module!r} names no submodule of {type(root).__name__}; the nearest are {near}"
         )
