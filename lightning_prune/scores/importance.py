@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_prune.errors import OptionError
 from lightning_prune.graph.groups import Group, Member
 from lightning_prune.scores.members import real, scored_members
+from lightning_prune.surgery.scratch import Scratch
 
 __all__ = [
     "IMPORTANCES",
@@ -50,6 +51,7 @@ class Evidence:
             Leave it empty: ``rank`` makes one that lives as long as the weights stand still.
         wanted: Per tensor, the (dim, rows) pairs that some group asks for; all come from one pass. ``rank``
             lists them.
+        scratch: Memory that squares of weights pass through, if there is one.
     """
 
     include_bias: bool = False
@@ -59,6 +61,7 @@ class Evidence:
     generator: torch.Generator = field(default_factory=_generator)
     memo: dict[tuple[str, str, int, int], Tensor] | None = None
     wanted: Mapping[str, Collection[tuple[int, int]]] = field(default_factory=dict)
+    scratch: Scratch | None = None
 
 
 Need: TypeAlias = Literal["gradients", "squared_gradients", "activations"]
@@ -167,7 +170,17 @@ def _sum_of(
 @register("group_norm")
 def group_norm(group: Group, tensors: Mapping[str, Tensor], evidence: Evidence) -> Tensor:
     """``I_k``: the sum of squares of all that unit k owns (DepGraph, CVPR 2023, section 3.3)."""
-    return _sum_of("square", lambda n: _wide(tensors[n]).square(), group, tensors, evidence)
+    return _sum_of(
+        "square", lambda n: _squared(_wide(tensors[n]), evidence.scratch), group, tensors, evidence
+    )
+
+
+def _squared(values: Tensor, scratch: Scratch | None) -> Tensor:
+    """Square what is summed at once; sums over one dimension alone would be the squares themselves."""
+    values = values.detach()
+    if scratch is None or values.dim() < 2 or not values.is_contiguous():
+        return values.square()
+    return torch.square(values, out=scratch.room(values.shape, values))
 
 
 @register("l1")

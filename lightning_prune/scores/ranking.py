@@ -16,6 +16,7 @@ from lightning_prune.graph.groups import Group
 from lightning_prune.scores.importance import IMPORTANCES, Evidence
 from lightning_prune.scores.members import check_nan_policy, listed, non_finite
 from lightning_prune.scores.normalizers import Normalizer, check_normalizer, normalize
+from lightning_prune.surgery.scratch import Scratch
 
 __all__ = ["UserImportance", "check_importance", "rank", "score"]
 
@@ -57,7 +58,7 @@ def rank(
     wanted: dict[str, set[tuple[int, int]]] = {}
     for member in (m for g in groups for m in g.members if not m.is_buffer):
         wanted.setdefault(member.tensor, set()).add((member.dim, member.rows))
-    evidence = replace(evidence or Evidence(), memo={}, wanted=wanted)
+    evidence = replace(evidence or Evidence(), memo={}, wanted=wanted, scratch=Scratch())
     scores = [score(importance, group, tensors, evidence) for group in groups]
     bad = [i for i, s in enumerate(scores) if not bool(s.isfinite().all())]
     if bad:

@@ -17,6 +17,7 @@ from lightning_prune.plan import Cut, Plan, Rewrite
 from lightning_prune.surgery.attributes import config_objects, get_path, remember, set_path
 from lightning_prune.surgery.cutting import cut_tensor, mask_tensor, set_tensor_data
 from lightning_prune.surgery.patches import check_patch, install_patch, remember_patch
+from lightning_prune.surgery.scratch import Scratch
 
 __all__ = ["Snapshot", "apply", "cut_tensor", "mask", "set_tensor_data", "validate"]
 
@@ -44,7 +45,9 @@ def apply(model: nn.Module, plan: Plan, *, on_meta: bool = False) -> None:
     ((5, 2), (2, 2))
     """
     targets = _checked(model, plan, on_meta=on_meta)
-    pieces = [_Piece.of(target) for target in targets]
+    scratch = Scratch()
+    pieces = [_Piece.of(target, scratch) for target in targets]
+    del scratch
     snapshot = Snapshot.across(model, plan)
     try:
         for piece in pieces:
@@ -184,13 +187,13 @@ class _Piece:
     grad: Tensor | None
 
     @staticmethod
-    def of(target: _Target) -> _Piece:
+    def of(target: _Target, scratch: Scratch) -> _Piece:
         grad = target.tensor.grad if target.tensor.is_leaf else None
         fits = grad is not None and grad.shape == target.tensor.shape
         return _Piece(
             target.tensor,
-            cut_tensor(target.tensor, target.cuts),
-            cut_tensor(grad, target.cuts) if grad is not None and fits else None,
+            cut_tensor(target.tensor, target.cuts, scratch),
+            cut_tensor(grad, target.cuts, scratch) if grad is not None and fits else None,
         )
 
     def commit(self) -> None:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.plan import Cut
+from lightning_prune.surgery.scratch import Scratch
 
 __all__ = ["cut_tensor", "mask_tensor", "set_tensor_data"]
 
 
-def cut_tensor(tensor: Tensor, cuts: Iterable[Cut]) -> Tensor:
+def cut_tensor(tensor: Tensor, cuts: Iterable[Cut], scratch: Scratch | None = None) -> Tensor:
     """Give what the cuts keep of a tensor, as a new tensor.
 
     Row-wise cuts go first, because their blocks are those of dimension 0 before any cut. Device, dtype and
@@ -21,6 +22,7 @@ def cut_tensor(tensor: Tensor, cuts: Iterable[Cut]) -> Tensor:
     Args:
         tensor: Any parameter, buffer, gradient or optimizer state of the shape that the cuts were made for.
         cuts: Cuts of this one tensor, at most one per dimension, in any order.
+        scratch: Where the first of several cuts may leave what the next one reads.
 
     Returns:
         A new tensor, smaller along the cut dimensions.
@@ -32,9 +34,16 @@ def cut_tensor(tensor: Tensor, cuts: Iterable[Cut]) -> Tensor:
     [[1], [3], [4], [6]]
     """
     out = tensor.detach()
-    for cut in sorted(cuts, key=lambda c: (c.rows == 1, c.dim)):
+    ordered = sorted(cuts, key=lambda c: (c.rows == 1, c.dim))
+    for number, cut in enumerate(ordered):
         keep = torch.from_numpy(cut.table[0] if cut.rows == 1 else cut.table).to(tensor.device)
-        out = out.index_select(cut.dim, keep) if cut.rows == 1 else _cut_rows(out, cut, keep)
+        if cut.rows > 1:
+            out = _cut_rows(out, cut, keep)
+        else:
+            room = None
+            if scratch is not None and number == 0 < len(ordered) - 1:
+                room = scratch.room((*out.shape[: cut.dim], cut.kept, *out.shape[cut.dim + 1 :]), out)
+            out = torch.index_select(out, cut.dim, keep, out=room)
     return out if tensor.layout != torch.strided else _laid_out_like(out, tensor)
 
 
