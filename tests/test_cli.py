@@ -361,7 +361,7 @@ def test_plan_draws_one_group(command):
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
-        ("stam", ["no group has", "stem.weight:0"]),
+        ("stam", ["no group has", "stem.weight:0", "`lightning-prune plan` shows all 9"]),
         ("blocks.0.attn.qkv", ["more than one", "qkv.weight:0/head,"]),
     ],
 )

@@ -59,7 +59,7 @@ def test_several_runs_are_compared_and_written_only_where_asked(command, tmp_pat
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
-        (None, ["nowhere", "no such folder"]),
+        (None, ["nowhere", "no such folder", "outputs/<date>/<time>"]),
         ("", ["report.json", "to be read as a report"]),
         ('{"dense"', ["report.json", "to be read as a report"]),
         ('{"dense": 3}', ["report.json", "no report of a prune"]),

@@ -42,7 +42,7 @@ LAYERS = [
     LayerTime("stem", "Conv2d", 5.0, 5.0, 700_000, 700_000, (64, 3), 10_000),
     LayerTime("tiny", "Linear", 3.0, 3.0, 2_000_000, 1_000_000, (16, 16), 10_000),
     LayerTime("small", "ReLU", 0.5, 0.5, 0, 0, (), 10_000),
-    LayerTime("", "Net", 2.0, 2.0, 0, 0, (), 10_000),
+    LayerTime("", "Net", 2.0, 2.0, 0, 0, (), 10_000, has_layers=True),
 ]
 
 
@@ -81,6 +81,10 @@ def test_the_sentences() -> None:
         "set round_to=8."
     )
     assert sentences[-1].startswith("Net outside its layers takes 2 ms, 1 ms more than promised:")
+    block = LayerTime("stages.0", "Block", 8.0, 8.0, 0, 0, (), 10_000, has_layers=True)
+    assert explain_speedup(judge_speedup(0.95, 0.5, [block]))[1].startswith(
+        "stages.0 (Block) outside its layers takes 8 ms, 4 ms more"
+    )
     assert explain_speedup(judge_speedup(1.2, 0.5))[0].startswith("Pruning made the network slower")
 
 
@@ -112,6 +116,7 @@ def test_every_module_that_ran_is_measured_without_its_children() -> None:
     assert {n: x.widths for n, x in layers.items() if x.widths} == {"block.0": (12, 3), "out": (2, 12)}
     # inputs, outputs, weight, bias
     assert layers["block.0"].moved == 2 * 3 + 2 * 12 + 12 * 3 + 12
+    assert [n for n, x in layers.items() if x.has_layers] == ["", "block"]
     assert all(x.dense_ms >= 0 and x.pruned_ms >= 0 for x in layers.values())
     assert dense.training
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in (*dense.modules(), *pruned.modules()))

@@ -139,4 +139,7 @@ def _group(pruner: GroupNormPruner, name: str) -> Group:
     names = [group.name for group in ours or groups]
     near = names if ours else get_close_matches(name, names, n=5, cutoff=0.0)
     found = "more than one group has" if ours else "no group has"
-    raise OptionError(f"--diagram {name} was asked for, and {found} that name; name one of {', '.join(near)}")
+    rest = "" if len(near) == len(names) else f"; `lightning-prune plan` shows all {len(names)}"
+    raise OptionError(
+        f"--diagram {name} was asked for, and {found} that name; name one of {', '.join(near)}{rest}"
+    )

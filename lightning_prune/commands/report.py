@@ -58,7 +58,10 @@ def _files(folders: Sequence[str]) -> dict[str, Path]:
     for name in folders:
         folder = Path(name)
         if not folder.exists():
-            raise OptionError(f"`lightning-prune report {name}` was asked for, and there is no such folder")
+            raise OptionError(
+                f"`lightning-prune report {name}` was asked for, and there is no such folder; give that of a "
+                "run, as its last line names it: outputs/<date>/<time>, or where hydra.run.dir said"
+            )
         own = folder if folder.is_file() else folder / FILE
         below = [own] if own.is_file() else sorted(folder.rglob(FILE))
         if not below:

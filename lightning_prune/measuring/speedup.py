@@ -46,6 +46,7 @@ class LayerTime:
         pruned_macs: The same after it.
         widths: After the cut, the leading two sizes of its own largest parameter; empty without one.
         moved: After the cut, numbers that it reads and writes: inputs, outputs and own parameters.
+        has_layers: Whether it has children, whose time is not in here.
     """
 
     name: str
@@ -56,6 +57,7 @@ class LayerTime:
     pruned_macs: int
     widths: tuple[int, ...] = ()
     moved: int = 0
+    has_layers: bool = False
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,8 @@ def account_for_speed(
 
 def _sentence(fault: Fault) -> str:
     layer = fault.layer
-    where = f"{layer.name} ({layer.kind})" if layer.name else f"{layer.kind} outside its layers"
+    where = f"{layer.name} ({layer.kind})" if layer.name else layer.kind
+    where += " outside its layers" if layer.has_layers else ""
     return (
         f"{where} takes {layer.pruned_ms:.2g} ms, {fault.lost_ms:.2g} ms more than promised: {fault.reason}."
     )
@@ -250,6 +253,7 @@ def measure_layers(
             macs["pruned"].get(name, 0),
             _widths(module),
             clocks["pruned"].moved[name],
+            any(True for _ in module.children()),
         )
         for name, module in pruned.named_modules()
         if name in before and name in after
