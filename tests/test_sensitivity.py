@@ -18,6 +18,7 @@ from torch import nn
 
 from lightning_prune import GroupNormPruner
 from lightning_prune.commands.configuring import compose_config, pruner_of
+from lightning_prune.commands.sensitivity import run as sensitivity_command
 from lightning_prune.errors import BudgetError, OptionError
 from lightning_prune.measuring.cost import measure_cost
 from lightning_prune.reporting.pictures.sensitivity import sensitivity_figure, sensitivity_png
@@ -236,3 +237,10 @@ def test_a_killed_command_goes_on_where_it_was(tmp_path):
     dense = measure_cost(pruner.model, pruner.example_inputs).macs
     pruner.step()
     assert measure_cost(pruner.model, pruner.example_inputs).macs / dense == pytest.approx(0.6, abs=0.05)
+
+
+def test_a_wrong_budget_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OptionError, match="one of macs, params"):
+        sensitivity_command(["--as-is", *SMALL, "--budget", "mac=0.5"])
+    assert list(tmp_path.iterdir()) == []

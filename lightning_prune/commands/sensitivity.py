@@ -20,6 +20,7 @@ from lightning_prune.checkpoint import load_pruned_state
 from lightning_prune.commands.configuring import build, compose_config, config_parser, pruner_of, prunings
 from lightning_prune.errors import OptionError
 from lightning_prune.files import write_whole
+from lightning_prune.options import check_budget
 from lightning_prune.reporting.pictures.sensitivity import sensitivity_png
 from lightning_prune.scores.importance import NEEDS
 from lightning_prune.sensitivity import Sensitivity, measure_sensitivity, ratios_for
@@ -39,6 +40,8 @@ Stop it when you like: what was measured is kept in the file, and the same words
 def run(words: Sequence[str]) -> None:
     """Measure, write sensitivity.json and a picture, and ratios if a budget is given."""
     given = _parsed(words)
+    if given.budget:
+        check_budget(given.budget)  # before minutes of measuring
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)  # it would speak once per point
     cfg = compose_config([*given.overrides, "logger=none", "callbacks=none"], given.config_dir)
