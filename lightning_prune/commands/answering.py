@@ -16,6 +16,7 @@ from lightning_prune.errors import PruneError
 __all__ = ["USER_ERRORS", "Refused", "Stopped", "answer"]
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # Hydra's own switch between messages and tracebacks
+USAGE = 2  # argparse ends with it when it has printed the usage and what is wrong
 USER_ERRORS = (
     PruneError,
     HydraException,
@@ -53,6 +54,14 @@ def answer(run: Callable[[], None]) -> int:
             return 130
         except BrokenPipeError:  # whoever reads, such as `head`, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the exit is silent too
+            return 1
+        except SystemExit as end:
+            if end.code != USAGE:
+                raise
+            print(
+                "`lightning-prune --help` lists commands and values, and so does that of a command.",
+                file=sys.stderr,
+            )
             return 1
         except (Refused, *USER_ERRORS) as raised:
             error = raised.error if isinstance(raised, Refused) else raised
