@@ -346,7 +346,8 @@ class Regularizer:
         targets, updates = self._small_updates(flat, clean=clean)
         scratch = torch.empty(self._scratch, dtype=self._dtype, device=self._device)
         n = self._vectors
-        for block, step in zip(self._blocks[n:], self._steps[n:], strict=True):
+        # Backwards: what the sums have read last may still lie in the cache.
+        for block, step in reversed(list(zip(self._blocks[n:], self._steps[n:], strict=True))):
             parameter = self._parameters[block.tensor]
             grad = _grad(parameter)
             if grad is None:
