@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Advance", "waiting"]
+__all__ = ["Advance", "waiting", "with_bar"]
 
+T = TypeVar("T")
 Advance: TypeAlias = Callable[[int, str], None]
 
 
@@ -47,3 +48,22 @@ def waiting(total: int, done: int, text: str, *, console: Console | None = None)
     with Progress(*columns, console=console or Console(stderr=True)) as progress:
         task = progress.add_task(text, total=total, completed=done)
         yield lambda parts, now: progress.update(task, advance=parts, description=now)
+
+
+def with_bar(items: Sequence[T], title: str) -> Iterator[T]:
+    """Pass items on; on a terminal show a bar with the time that is left, elsewhere nothing.
+
+    Args:
+        items: What takes its time, one by one.
+        title: A word or two before the bar.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal or not items:
+        yield from items
+        return
+    with waiting(len(items), 0, title, console=console) as advance:
+        for item in items:
+            yield item
+            advance(1, title)

@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_prune.errors import OptionError
 from lightning_prune.pruner import GroupNormPruner
-from lightning_prune.reporting.progress import with_bar
+from lightning_prune.reporting.waiting import with_bar
 from lightning_prune.sensitivity.curves import Sensitivity
 from lightning_prune.sensitivity.parts import Part, cut_parts, parts_of
 from lightning_prune.surgery.applying import apply
