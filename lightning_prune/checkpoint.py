@@ -7,7 +7,10 @@ of this module, so that a model with them can be pickled and copied.
 
 from __future__ import annotations
 
+import sys
+from collections import OrderedDict
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -16,6 +19,7 @@ from lightning_prune.errors import CheckpointMismatchError, PlanError
 from lightning_prune.plan import Plan
 from lightning_prune.surgery.cutting import set_tensor_data
 from lightning_prune.surgery.manifests import KEY
+from lightning_prune.surgery.rehearsing import rehearse
 from lightning_prune.surgery.structure import (
     ADVICE,
     Shapes,
@@ -131,11 +135,8 @@ def load_pruned_state(
     written = _read(tensors, "") or _read_entry(state.get(KEY, {}))
     plans = _below(written, prefix[:-1]) or _from_above(written, prefix[:-1])
     wanted = {"": plan} if plan is not None else {**_present(model), **plans}
-    own = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
-    _check_values(own)
-    if strict:
-        _check_keys(model, own)
-    _adopt(model, wanted, _shapes_below(own, ""), complete=True)
+    own = _below_prefix(tensors, prefix)
+    _adopt_to_load(model, wanted, own, strict=strict)
     return model.load_state_dict(own, strict=strict)
 
 
@@ -143,7 +144,8 @@ class PrunableMixin:
     """Make ``load_from_checkpoint`` of a LightningModule work on pruned checkpoints.
 
     Put it first: ``class Net(PrunableMixin, LightningModule)``. ``lightning_prune.load_from_checkpoint``
-    does the same for classes that cannot be changed.
+    does the same for classes that cannot be changed. The structure is taken on together with the weights,
+    after the class's own ``on_load_checkpoint``.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -152,9 +154,12 @@ class PrunableMixin:
             prepare(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take on the structure of the checkpoint before its weights are loaded."""
-        fit_to_checkpoint(self, checkpoint)  # type: ignore[arg-type]
+        """See that the state dict names the structure, for ``load_state_dict`` to take on."""
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+        plans = _read_entry(checkpoint.get(KEY, {}))
+        if plans and not _read(checkpoint["state_dict"], ""):
+            metadata = {path: {KEY: plan.as_dict()} for path, plan in plans.items()}
+            checkpoint["state_dict"] = _told(OrderedDict(checkpoint["state_dict"]), metadata)
 
 
 def load_from_checkpoint(cls: type[Any], path: Any, **kwargs: Any) -> Any:
@@ -239,15 +244,59 @@ def _resize_before_load(
     module: nn.Module, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any
 ) -> None:
     plans = _read(state_dict, prefix[:-1], {prefix[:-1]: local_metadata})
-    shapes = _shapes_below(state_dict, prefix)
-    _adopt(module, {**_present(module), **plans}, shapes)
+    # Below the root of a load, hooks above may yet excuse a key.
+    strict = not prefix and _every_key_is_asked_for()
+    _adopt_to_load(module, {**_present(module), **plans}, _below_prefix(state_dict, prefix), strict=strict)
 
 
-def _adopt(
-    root: nn.Module, wanted: Mapping[str, Plan | None], shapes: Shapes, *, complete: bool = False
+def _every_key_is_asked_for() -> bool:
+    """Say whether the load that runs right now is a strict one: torch tells its hooks that all are."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not nn.Module.load_state_dict.__code__:
+        frame = frame.f_back
+    return frame is not None and bool(frame.f_locals.get("strict"))
+
+
+def _adopt_to_load(
+    root: nn.Module, wanted: Mapping[str, Plan | None], state: Mapping[str, Any], *, strict: bool
 ) -> None:
-    for module in take_on(root, wanted, shapes, complete=complete):
+    """Take on what is wanted if ``state`` will load then, else refuse and change nothing."""
+
+    def check(shapes: Shapes) -> None:
+        verdict = rehearse(root, shapes, state, own_hook=_resize_before_load)
+        if verdict is None:
+            return  # torch names what it finds
+        for names, what in (
+            (verdict.missing, "is missing from the state dict"),
+            (verdict.unexpected, "is not in the model"),
+        ):
+            if strict and names:
+                raise CheckpointMismatchError(
+                    f"{names[0]!r} {what}; {ADVICE}, or load with strict=False. Nothing was loaded"
+                )
+        if verdict.errors:
+            found = verdict.errors[0].rstrip(".")
+            raise CheckpointMismatchError(f"{found}; {ADVICE}. Nothing was loaded")
+
+    for module in take_on(root, wanted, _shapes_below(state, ""), check=check):
         prepare(module)
+
+
+def _adopt(root: nn.Module, wanted: Mapping[str, Plan | None], shapes: Shapes) -> None:
+    for module in take_on(root, wanted, shapes):
+        prepare(module)
+
+
+def _below_prefix(state: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+    """The part of a state dict below a prefix, without it; the metadata go with it."""
+    part = OrderedDict((key[len(prefix) :], value) for key, value in state.items() if key.startswith(prefix))
+    metadata = getattr(state, "_metadata", None)
+    return _told(part, _below(metadata, prefix[:-1])) if isinstance(metadata, Mapping) else part
+
+
+def _told(state: OrderedDict[str, Any], metadata: Mapping[str, Any]) -> OrderedDict[str, Any]:
+    state._metadata = metadata  # type: ignore[attr-defined]
+    return state
 
 
 def _present(model: nn.Module) -> dict[str, Plan | None]:
@@ -313,34 +362,3 @@ def _shapes_below(state_dict: Mapping[str, Any], prefix: str) -> Shapes:
         for key, value in state_dict.items()
         if key.startswith(prefix) and isinstance(value, Tensor)
     }
-
-
-def _check_values(state: Mapping[str, Any]) -> None:
-    wrong = [
-        key
-        for key, value in state.items()
-        if not key.endswith("_extra_state") and not isinstance(value, Tensor)
-    ]
-    if wrong:
-        raise CheckpointMismatchError(
-            f"{wrong[0]!r} in the state dict is a {type(state[wrong[0]]).__name__}, no tensor; "
-            "nothing was loaded"
-        )
-    empty = [key for key, value in state.items() if isinstance(value, Tensor) and value.is_meta]
-    if empty:
-        raise CheckpointMismatchError(
-            f"{empty[0]!r} in the state dict has no values (it lies on the meta device); nothing was loaded"
-        )
-
-
-def _check_keys(model: nn.Module, state: Mapping[str, Any]) -> None:
-    own = model.state_dict()
-    for asked, found, what in (
-        (own, state, "is missing from the state dict"),
-        (state, own, "is not in the model"),
-    ):
-        absent = [key for key in asked if key not in found]
-        if absent:
-            raise CheckpointMismatchError(
-                f"{absent[0]!r} {what}; {ADVICE}, or pass strict=False. Nothing was loaded"
-            )

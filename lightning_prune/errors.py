@@ -9,7 +9,7 @@ PruneError
 ├── StaleGraphError                the model changed behind the pruner's back
 ├── PlanError (ValueError)         a plan that does not fit the model, nothing was cut
 ├── CertificateError               the pruned model is not a restriction of the original, rolled back
-├── CheckpointMismatchError        a checkpoint that does not fit the model, nothing was loaded
+├── CheckpointMismatchError (RuntimeError)  a checkpoint that does not fit the model, nothing was loaded
 └── StrategyError                  a Lightning strategy or set-up that cannot be pruned
 
 Every message says what was asked, what was found and what to do.
@@ -66,7 +66,7 @@ class CertificateError(PruneError):
     """The pruned model is not a restriction of the original. The cut was rolled back."""
 
 
-class CheckpointMismatchError(PruneError):
+class CheckpointMismatchError(PruneError, RuntimeError):
     """A checkpoint does not fit the model. Nothing was loaded."""
 
 

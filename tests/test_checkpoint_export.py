@@ -79,7 +79,7 @@ def test_safetensors_bring_it_back_with_the_plan_in_their_metadata(build, shape,
     load_pruned_state(other, safetensors.load_file(path), plan=written)
     assert torch.equal(other(x), expected)
     without = build()
-    with pytest.raises(CheckpointMismatchError, match="this model would have"):
+    with pytest.raises(CheckpointMismatchError, match="size mismatch for"):
         load_pruned_state(without, safetensors.load_file(path))
 
 

@@ -6,7 +6,7 @@ import hashlib
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from test_callback import CHANNELS, Plain, Quiet, build, data, fit, pytestmark  # noqa: F401 - same filters
 from torch import nn
@@ -196,10 +196,9 @@ def test_an_averaged_checkpoint_loads_everywhere(tmp_path):
     assert torch.equal(model(x), plain.eval()(x))
 
 
-def quiet_trainer(*callbacks):
-    from lightning.pytorch import Trainer
-
+def quiet_trainer(*callbacks, **options):
     return Trainer(
+        **options,
         callbacks=list(callbacks),
         logger=False,
         enable_checkpointing=False,

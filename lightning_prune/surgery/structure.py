@@ -6,7 +6,7 @@ any other plan for the same architecture, the empty one included, can be checked
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from typing import TypeAlias
 
@@ -80,7 +80,11 @@ def confirm(module: nn.Module) -> None:
 
 
 def take_on(
-    root: nn.Module, wanted: Mapping[str, Plan | None], shapes: Shapes, *, complete: bool = False
+    root: nn.Module,
+    wanted: Mapping[str, Plan | None],
+    shapes: Shapes,
+    *,
+    check: Callable[[Shapes], None] = lambda shapes: None,
 ) -> list[nn.Module]:
     """Check every wanted structure, then take all of them on; what two structures share keeps its value.
 
@@ -88,7 +92,7 @@ def take_on(
         root: Module that paths and shapes are relative to.
         wanted: Plan per path of a submodule; None: choose by the shapes.
         shapes: Shapes of the tensors that will be loaded next, as far as known.
-        complete: Every shape must fit, not those of cut tensors alone.
+        check: Gets the shapes that tensors of the wanted modules will have, and may yet refuse them.
 
     Returns:
         The modules that follow a plan named in ``wanted``, or that were changed.
@@ -97,8 +101,7 @@ def take_on(
         CheckpointMismatchError: If one does not fit; names the first difference, and nothing was changed.
     """
     chosen = _choose(root, wanted, shapes)
-    if complete:
-        _check_all(root, chosen, shapes)
+    check(_shapes_then(chosen))
     _reshape(chosen)
     for _, module, target, guessed in chosen:
         note(module, target)
@@ -179,18 +182,13 @@ def shape_the_rest(module: nn.Module, plan: Plan) -> None:
     note(module, plan)
 
 
-def _check_all(root: nn.Module, chosen: list[_Choice], shapes: Shapes) -> None:
-    """Compare every tensor to be loaded with what ``root`` will hold once it has taken on what was chosen."""
-    expected = {name: tuple(tensor.shape) for name, tensor in _tensors(root).items()}
+def _shapes_then(chosen: list[_Choice]) -> Shapes:
+    """Give the shapes of all tensors in the chosen modules once these have taken on what was chosen."""
+    then: Shapes = {}
     for below, module, target, _ in chosen:
         inner = {**_dense_shapes(module), **_shapes_after(target, below)}
-        expected |= {below + name: shape for name, shape in inner.items()}
-    for name, shape in expected.items():
-        if shapes.get(name, shape) != shape:
-            raise CheckpointMismatchError(
-                f"the state dict holds {name} of shape {list(shapes[name])}, this model would have "
-                f"{list(shape)}; {ADVICE}. Nothing was loaded"
-            )
+        then |= {below + name: shape for name, shape in inner.items()}
+    return then
 
 
 def _find(root: nn.Module, path: str) -> nn.Module:
