@@ -142,6 +142,7 @@ def test_cfg_job_shows_the_configuration_and_runs_nothing(command, tmp_path):
         (["data.batch_size=0"], ["batch_size=0", "at least 1"]),
         (["model=vit", "model.net.num_heads=5"], ["num_heads=5", "divide"]),
         (["ckpt_path=nowhere.ckpt"], ["nowhere.ckpt", "last.ckpt"]),
+        ([f"ckpt_path={__file__}"], ["no checkpoint, or only a part of one", "last.ckpt"]),
         (["seed="], ["seed"]),
         (["seed=[1"], ["seed=[1"]),
         (["train", "pruning.pruning_ratio=1.2"], ["1.2", "[0, 1)"]),
@@ -257,6 +258,16 @@ def test_ctrl_c_is_one_line_and_keeps_the_last_checkpoint(command, tmp_path):
     assert err.count("\n") == 1
     assert f"ckpt_path={last}" in err
     assert torch.load(last, weights_only=True)["epoch"] == 0
+
+
+def test_ctrl_c_in_a_sweep_ends_all_of_it_and_keeps_the_run_in_hand(command, tmp_path):
+    stop = f"+callbacks.stop._target_={__name__}.StopInSecondEpoch"
+    words = [*SMALL, stop, "dense_twin=false", "hydra.sweep.dir=sweep"]
+    code, _, err = command("--multirun", "seed=0,1", *words)
+    assert code == 130
+    assert f"ckpt_path={tmp_path / 'sweep' / '0' / 'checkpoints' / 'last.ckpt'}" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "sweep" / "1").exists()
 
 
 def test_a_stopped_run_goes_on_from_its_checkpoint(command, tmp_path):

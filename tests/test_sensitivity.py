@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from torch import nn
 
 from lightning_prune import GroupNormPruner
@@ -23,6 +24,7 @@ from lightning_prune.errors import BudgetError, OptionError
 from lightning_prune.measuring.cost import measure_cost
 from lightning_prune.reporting.pictures.sensitivity import sensitivity_figure, sensitivity_png
 from lightning_prune.sensitivity import Sensitivity, measure_sensitivity, ratios_for
+from lightning_prune.sensitivity.ratios import options_of, shares_for
 
 X = torch.randn(2, 3, 6, 6)
 IMAGES = torch.randn(16, 3, 6, 6)
@@ -97,6 +99,12 @@ def test_what_one_size_binds_is_one_part():
     )
     table = ratios_for(found, model, x, {"params": 0.5}, prune_num_heads=True)
     assert set(table) == {"pruning_ratio_dict", "head_pruning_ratio_dict"}
+    # Heads and head dims are parts of one weight: each has a share of its own.
+    shares = shares_for(found, model, x, {"params": 0.5}, prune_num_heads=True)
+    assert {p.name: s for p, s in shares.items() if p.heads} == {
+        f"{key}:0/head": share for key, share in table["head_pruning_ratio_dict"].items()
+    }
+    assert options_of(shares) == table
 
 
 @pytest.mark.parametrize("budget", [{"macs": 0.5}, {"params": 0.5}, {"memory": 0.8}], ids=str)
@@ -227,9 +235,14 @@ def test_a_killed_command_goes_on_where_it_was(tmp_path):
     out = command("--budget", "macs=0.6", cwd=tmp_path)
     after = json.loads(file.read_text())["points"]
     assert all(point in after[part] for part, curve in kept.items() for point in curve)
-    assert [Path(line).name for line in out.splitlines()] == [
-        f"sensitivity.{s}" for s in ("json", "png", "yaml")
-    ]
+    *_, data, picture, ratios = out.splitlines()
+    assert [data, picture, ratios] == ["sensitivity.json", "sensitivity.png", "sensitivity.yaml"]
+    table = {line.split()[0]: line.split()[1:] for line in out.splitlines() if ".weight:0" in line}
+    assert table.keys() == after.keys()
+    written = OmegaConf.load(tmp_path / ratios).options.pruning_ratio_dict
+    for part, (*cells, chosen) in table.items():
+        assert cells == [f"{value:.2%}" for _, value in sorted(after[part])]
+        assert chosen == f"{written[part.partition(':')[0]]:.2%}"
     (tmp_path / "pruning").mkdir()
     (tmp_path / "sensitivity.yaml").rename(tmp_path / "pruning" / "sensitivity.yaml")
     cfg = compose_config(["pruning=sensitivity", *SMALL], str(tmp_path))
@@ -237,6 +250,30 @@ def test_a_killed_command_goes_on_where_it_was(tmp_path):
     dense = measure_cost(pruner.model, pruner.example_inputs).macs
     pruner.step()
     assert measure_cost(pruner.model, pruner.example_inputs).macs / dense == pytest.approx(0.6, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--ratios", "0.2,x"], "'0.2,x' is no list of shares in (0, 1) such as 0.25,0.5"),
+        (["--ratios", "0.2,1.5"], "'0.2,1.5' is no list of shares"),
+        (["--budget", "macs"], "'macs' is not of the form NAME=SHARE, such as macs=0.5"),
+    ],
+    ids=str,
+)
+def test_wrong_words_are_refused_in_words(words, said, capsys):
+    with pytest.raises(SystemExit):
+        sensitivity_command(["--as-is", *words])
+    assert said in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"weights": torch.zeros(1000)}, "half.ckpt")
+    whole = Path("half.ckpt").read_bytes()
+    Path("half.ckpt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(OptionError, match="no checkpoint, or only a part of one"):
+        sensitivity_command([*SMALL, "ckpt_path=half.ckpt"])
 
 
 def test_a_wrong_budget_is_refused_before_anything_is_measured(tmp_path, monkeypatch):

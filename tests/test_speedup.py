@@ -42,19 +42,22 @@ LAYERS = [
     LayerTime("stem", "Conv2d", 5.0, 5.0, 700_000, 700_000, (64, 3), 10_000),
     LayerTime("tiny", "Linear", 3.0, 3.0, 2_000_000, 1_000_000, (16, 16), 10_000),
     LayerTime("small", "ReLU", 0.5, 0.5, 0, 0, (), 10_000),
+    LayerTime("attn", "Attention", 2.0, 2.0, 400_000, 200_000, (64, 64), 10_000, has_layers=True),
     LayerTime("", "Net", 2.0, 2.0, 0, 0, (), 10_000, has_layers=True),
+    LayerTime("block", "Block", 1.0, 1.5, 0, 0, (), 10_000, has_layers=True),
 ]
 
 
 def test_the_layers_at_fault_are_those_that_kept_more_time_than_macs() -> None:
     found = judge_speedup(0.95, 0.5, LAYERS)
     lost = {fault.layer.name: round(fault.lost_ms, 6) for fault in found.faults}
-    # odd: 8 - 10/4; norm: 6 - 6/2, by the network's share; depthwise: 4 - 4/2; tiny: 3 - 3/2; net: 2 - 2/2
-    assert lost == {"odd": 5.5, "norm": 3.0, "depthwise": 2.0, "tiny": 1.5, "": 1.0}
-    assert list(lost) == ["odd", "norm", "depthwise", "tiny", ""]  # the costliest first
+    # odd: 8 - 10/4; norm: 6 - 6/2, by the network's share; depthwise: 4 - 4/2; tiny: 3 - 3/2; attn: 2 - 2/2
+    assert lost == {"odd": 5.5, "norm": 3.0, "depthwise": 2.0, "tiny": 1.5, "attn": 1.0}
+    assert list(lost) == ["odd", "norm", "depthwise", "tiny", "attn"]  # the costliest first
+    assert found.between == (3.5, 2.0)  # the network and its block only call layers: 3.5 - 3/2
     reasons = {fault.layer.name: fault.reason for fault in found.faults}
     assert reasons["odd"] == "37 channels are no multiple of 8; set round_to=8"
-    assert reasons["norm"] == "it multiplies nothing, and is bound by memory"
+    assert reasons["norm"] == "it multiplies nothing, so its time is that of memory and of the call"
     assert reasons["depthwise"] == "4.5 multiply-accumulates per number moved: it is bound by memory"
     assert reasons["tiny"] == "it is too small by now to fill the machine"
 
@@ -80,11 +83,13 @@ def test_the_sentences() -> None:
         "odd (Conv2d) takes 8 ms, 5.5 ms more than promised: 37 channels are no multiple of 8; "
         "set round_to=8."
     )
-    assert sentences[-1].startswith("Net outside its layers takes 2 ms, 1 ms more than promised:")
-    block = LayerTime("stages.0", "Block", 8.0, 8.0, 0, 0, (), 10_000, has_layers=True)
-    assert explain_speedup(judge_speedup(0.95, 0.5, [block]))[1].startswith(
-        "stages.0 (Block) outside its layers takes 8 ms, 4 ms more"
+    assert sentences[-2].startswith(
+        "attn (Attention) outside its layers takes 2 ms, 1 ms more than promised:"
     )
+    assert sentences[-1] == (
+        "Outside the layers, calls and operations such as additions take 3.5 ms, 2 ms more than promised."
+    )
+    assert not any("Block" in sentence or "Net" in sentence for sentence in sentences)
     assert explain_speedup(judge_speedup(1.2, 0.5))[0].startswith("Pruning made the network slower")
 
 

@@ -267,7 +267,7 @@ def test_a_trial_worse_than_the_median_is_stopped(command, monkeypatch):
     code, out, err = command("tune", *TINY, "hparams_search.n_trials=4")
     assert code == 0, err
     assert [row["state"] for row in table()] == ["complete", "complete", "stopped early", "complete"]
-    assert "3 trials finished, 1 were stopped early" in out
+    assert "3 finished, 1 stopped early" in out
 
 
 def test_no_trial_is_stopped_where_that_is_off(command, monkeypatch):
@@ -283,7 +283,7 @@ def test_values_that_cannot_be_had_together_are_noted_and_passed_over(command, m
     assert code == 0, err
     assert [row["state"] for row in table()] == ["complete", "refused", "complete"]
     assert table()[1]["reason"] == "round_to=8 leaves 0.7"
-    assert "1 were refused" in out
+    assert "1 refused" in out
 
 
 def test_a_search_in_which_nothing_can_be_had_ends(command, monkeypatch):
@@ -402,8 +402,8 @@ def test_an_interrupted_search_goes_on_with_the_same_command(how, tmp_path):
     if how == signal.SIGINT:
         assert process.returncode == 130, err
         assert (
-            "Stopped in trial 1; 1 finished trials are kept in tune/accuracy, and the same command goes on."
-            in err
+            "Stopped in trial 1; the finished trials (1) are kept in tune/accuracy, "
+            "and the same command goes on." in err
         )
     else:
         assert process.returncode == -signal.SIGKILL
@@ -418,4 +418,4 @@ def test_an_interrupted_search_goes_on_with_the_same_command(how, tmp_path):
     assert rows[0] == before
     assert [row["state"] for row in rows] == ["complete", "interrupted", "complete"]
     assert rows[1]["model.lr"] == rows[2]["model.lr"]
-    assert "2 trials finished" in out
+    assert "2 finished" in out

@@ -50,7 +50,7 @@ def answer(run: Callable[[], None]) -> int:
         try:
             run()
         except KeyboardInterrupt as stop:
-            print(str(stop) or "Stopped before anything was trained.", file=sys.stderr)
+            print(str(stop) or "Stopped.", file=sys.stderr)
             return 130
         except BrokenPipeError:  # whoever reads, such as `head`, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the exit is silent too

@@ -6,6 +6,7 @@ import logging
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
+from zipfile import is_zipfile
 
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
@@ -23,6 +24,7 @@ __all__ = [
     "CONF",
     "PRIMARY",
     "build",
+    "check_checkpoint",
     "compose_config",
     "config_parser",
     "let_ratio_win",
@@ -88,14 +90,25 @@ def rehearse(cfg: DictConfig) -> None:
     """Build everything once and plan the prune: a wrong option ends the run before anything is trained."""
     if isinstance(cfg.seed, bool) or not isinstance(cfg.seed, int) or cfg.seed < 0:
         raise OptionError(f"seed={cfg.seed} was asked for; a seed is a whole number, at least 0")
-    if cfg.ckpt_path and not Path(cfg.ckpt_path).is_file():
-        raise OptionError(
-            f"ckpt_path={cfg.ckpt_path} was asked for, and there is no such file; a run keeps its last "
-            "checkpoint in outputs/<date>/<time>/checkpoints/last.ckpt"
-        )
+    if cfg.ckpt_path:
+        check_checkpoint(cfg.ckpt_path)
     model, _, trainer = build(cfg)
     for callback in prunings(trainer):
         pruner_of(callback, model)
+
+
+def check_checkpoint(path: str) -> None:
+    """Refuse what is no checkpoint, or half of one, before anything is read or trained."""
+    if not Path(path).is_file():
+        raise OptionError(
+            f"ckpt_path={path} was asked for, and there is no such file; a run keeps its last "
+            "checkpoint in outputs/<date>/<time>/checkpoints/last.ckpt"
+        )
+    if not is_zipfile(path):  # the table at the end of the file is missing
+        raise OptionError(
+            f"ckpt_path={path} was asked for, and that file is no checkpoint, or only a part of one; "
+            "name one that a run has written, such as checkpoints/last.ckpt"
+        )
 
 
 def build(cfg: DictConfig) -> tuple[LightningModule, LightningDataModule, Trainer]:

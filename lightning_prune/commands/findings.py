@@ -55,7 +55,7 @@ def conclude(study: Study, search: Search) -> None:
     best = front(study)
     done, refused = len(finished(study)), sum(REFUSED in t.user_attrs for t in counted(study))
     stopped = len(counted(study)) - done - refused
-    print(f"{done} trials finished, {stopped} were stopped early, {refused} were refused.")
+    print(f"Trials: {done} finished, {stopped} stopped early, {refused} refused.")
     for trial in best:
         values = ", ".join(f"{n} {v:.6g}" for n, v in zip(search.objectives, trial.values, strict=True))
         print(f"\ntrial {trial.number}: {values}")

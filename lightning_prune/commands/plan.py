@@ -40,8 +40,8 @@ def run(words: Sequence[str]) -> None:
     """Print what would be cut."""
     parser = config_parser(
         "plan",
-        "Show what would be cut, what stays and why, what every step leaves and whether the budget can be "
-        "met. Nothing is trained and nothing is written.",
+        "Show what would be cut, what stays and why, what every step leaves and whether the budget can\n"
+        "be met. Nothing is trained and nothing is written.",
         EXAMPLES,
     )
     form = parser.add_mutually_exclusive_group()

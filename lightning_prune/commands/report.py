@@ -28,7 +28,7 @@ def run(words: Sequence[str]) -> None:
     """Read the reports of the folders and write what they say."""
     parser = ArgumentParser(
         prog="lightning-prune report",
-        description="Make the report of a finished run again from its report.json, without training "
+        description="Make the report of a finished run again from its report.json, without training\n"
         "anything: report.html, report.md and the pictures. Several runs become one table.",
         epilog=EXAMPLES,
         formatter_class=RawDescriptionHelpFormatter,

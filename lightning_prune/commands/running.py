@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_prune.commands.answering import Stopped
 from lightning_prune.commands.configuring import build, prunings
 
-__all__ = ["fit", "known_warnings", "run"]
+__all__ = ["fit", "known_warnings", "run", "stoppable"]
 
 TWIN = "The same network, trained without pruning with the same seed for the same number of epochs."
 log = logging.getLogger(__name__)
@@ -35,7 +35,8 @@ def run(cfg: DictConfig) -> float:
         fit(trainer, model, data, cfg.ckpt_path, "go on from the last checkpoint with ckpt_path={}")
         tuned = _tuned(trainer, cfg.tuned_metric)
         if not cfg.pruning:
-            trainer.test(model, datamodule=data)
+            with stoppable(trainer, lambda: "Stopped while testing; training was done."):
+                trainer.test(model, datamodule=data)
     name = "pruned.ckpt" if cfg.pruning else "trained.ckpt"
     trainer.save_checkpoint(Path(cfg.run_dir) / name, weights_only=True)
     log.info("Everything is in %s", cfg.run_dir)
@@ -69,16 +70,34 @@ def known_warnings() -> Iterator[None]:
 def fit(
     trainer: Trainer, model: LightningModule, data: LightningDataModule, ckpt_path: str | None, advice: str
 ) -> None:
-    """Train; Lightning turns Ctrl-C into an exit with code 1, which is turned back here."""
-    try:
-        trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
-    except SystemExit:
-        if not trainer.interrupted:
-            raise
+    """Train; after Ctrl-C say which checkpoint is left."""
+
+    def what_is_left() -> str:
         keeper = trainer.checkpoint_callback
         last = getattr(keeper, "last_model_path", "") or getattr(keeper, "best_model_path", "")
         rest = advice.format(last) if last else "no checkpoint was written yet."
-        raise Stopped(f"Stopped in epoch {trainer.current_epoch}; {rest}") from None
+        return f"Stopped in epoch {trainer.current_epoch}; {rest}"
+
+    with stoppable(trainer, what_is_left):
+        trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
+
+
+@contextmanager
+def stoppable(trainer: Trainer, say: Callable[[], str]) -> Iterator[None]:
+    """Answer Ctrl-C with a sentence; Lightning makes an exit with code 1 of it, which is turned back here.
+
+    Args:
+        trainer: The Trainer that is at work.
+        say: Gives the sentence.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Stopped(say()) from None
+    except SystemExit:
+        if not trainer.interrupted:
+            raise
+        raise Stopped(say()) from None
 
 
 def _tuned(trainer: Trainer, name: str) -> float:

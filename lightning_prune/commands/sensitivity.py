@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -17,14 +17,25 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from lightning_prune.checkpoint import load_pruned_state
-from lightning_prune.commands.configuring import build, compose_config, config_parser, pruner_of, prunings
+from lightning_prune.commands.configuring import (
+    build,
+    check_checkpoint,
+    compose_config,
+    config_parser,
+    pruner_of,
+    prunings,
+)
+from lightning_prune.commands.running import stoppable
 from lightning_prune.errors import OptionError
 from lightning_prune.files import write_whole
 from lightning_prune.options import check_budget
+from lightning_prune.reporting.curves import print_curves
 from lightning_prune.reporting.pictures.sensitivity import sensitivity_png
 from lightning_prune.scores.importance import NEEDS
-from lightning_prune.sensitivity import Sensitivity, measure_sensitivity, ratios_for
+from lightning_prune.sensitivity import Sensitivity, measure_sensitivity
 from lightning_prune.sensitivity.measuring import RATIOS
+from lightning_prune.sensitivity.parts import Part
+from lightning_prune.sensitivity.ratios import options_of, shares_for
 
 __all__ = ["run"]
 
@@ -56,8 +67,7 @@ def run(words: Sequence[str]) -> None:
             "ckpt_path=..., or say --as-is if the model comes with trained weights"
         )
     if cfg.ckpt_path is not None:
-        if not Path(cfg.ckpt_path).is_file():
-            raise OptionError(f"ckpt_path={cfg.ckpt_path} was asked for, and there is no such file")
+        check_checkpoint(cfg.ckpt_path)
         load_pruned_state(model, torch.load(cfg.ckpt_path, map_location="cpu", weights_only=True))
     pruner = pruner_of(callback, model)
     if pruner is None:
@@ -71,27 +81,43 @@ def run(words: Sequence[str]) -> None:
     file, name = Path(given.file), given.metric or cfg.tuned_metric
     evaluate = _metric_of(model, callback.module, data, trainer, name)
     inputs, network = pruner.example_inputs, pruner.model
-    found = measure_sensitivity(
-        network, inputs, evaluate, ratios=given.ratios, mode=given.mode, file=file, **options
-    )
-    table = ratios_for(found, network, inputs, given.budget, **options) if given.budget else {}
-    _write(found, file, name, table, callback.module)
+    with stoppable(
+        trainer, lambda: f"Stopped; what was measured is in {file}, and the same command goes on."
+    ):
+        found = measure_sensitivity(
+            network, inputs, evaluate, ratios=given.ratios, mode=given.mode, file=file, **options
+        )
+        shares = shares_for(found, network, inputs, given.budget, **options) if given.budget else None
+    _show(found, file, name, shares, callback.module)
 
 
 def _parsed(words: Sequence[str]) -> Namespace:
     parser = config_parser(
         "sensitivity",
-        "Prune each part of a trained network alone, at several ratios, and see what the validation metric "
-        "loses. With --budget, turn that into ratios per layer.",
+        "Prune each part of a trained network alone, at several ratios, and see what the validation\n"
+        "metric loses. With --budget, turn that into ratios per layer.",
         EXAMPLES,
     )
     parser.add_argument("--metric", help="logged validation metric (default: tuned_metric, val/acc)")
     parser.add_argument("--mode", choices=("max", "min"), default="max", help="min for a loss")
     parser.add_argument(
-        "--ratios", type=_shares, default=RATIOS, help=f"default {','.join(map(str, RATIOS))}"
+        "--ratios",
+        type=_shares,
+        default=RATIOS,
+        metavar="SHARES",
+        help=f"shares of a part to remove (default: {','.join(map(str, RATIOS))})",
     )
-    parser.add_argument("--budget", type=_budget, metavar="NAME=SHARE", help="macs=0.5, params=0.3 ...")
-    parser.add_argument("--file", default="sensitivity.json", help="where to keep what was measured")
+    parser.add_argument(
+        "--budget",
+        type=_budget,
+        metavar="NAME=SHARE",
+        help="share to keep: macs=0.5, params=0.3, memory or latency",
+    )
+    parser.add_argument(
+        "--file",
+        default="sensitivity.json",
+        help="where to keep what was measured, picture and ratios beside it (default: sensitivity.json)",
+    )
     parser.add_argument(
         "--as-is", action="store_true", help="measure the weights that the model is built with"
     )
@@ -99,12 +125,21 @@ def _parsed(words: Sequence[str]) -> Namespace:
 
 
 def _shares(word: str) -> tuple[float, ...]:
-    return tuple(float(each) for each in word.split(","))
+    try:
+        shares = tuple(float(each) for each in word.split(","))
+    except ValueError:
+        shares = (-1.0,)
+    if not all(0 < share < 1 for share in shares):
+        raise ArgumentTypeError(f"{word!r} is no list of shares in (0, 1) such as 0.25,0.5")
+    return shares
 
 
 def _budget(word: str) -> dict[str, float]:
     name, _, share = word.partition("=")
-    return {name: float(share)}
+    try:
+        return {name: float(share)}
+    except ValueError:
+        raise ArgumentTypeError(f"{word!r} is not of the form NAME=SHARE, such as macs=0.5") from None
 
 
 def _metric_of(
@@ -132,19 +167,18 @@ def _metric_of(
     return evaluate
 
 
-def _write(found: Sensitivity, file: Path, metric: str, table: dict[str, Any], module: str | None) -> None:
-    chosen = {
-        part: ratio
-        for ratios in table.values()
-        for key, ratio in ratios.items()
-        for part in found.points
-        if part.partition(":")[0] == key
-    }
+def _show(
+    found: Sensitivity, file: Path, metric: str, shares: dict[Part, float] | None, module: str | None
+) -> None:
+    """Print the table, write picture and ratios."""
     assert found.baseline is not None
-    picture = sensitivity_png(found.points, found.baseline, metric=metric, chosen=chosen)
+    chosen = None if shares is None else {part.name: share for part, share in shares.items()}
+    print_curves(found.points, found.baseline, metric, chosen)
+    picture = sensitivity_png(found.points, found.baseline, metric=metric, chosen=chosen or {})
     files = [file, write_whole(file.with_suffix(".png"), picture)]
-    if table:
-        files.append(write_whole(file.with_suffix(".yaml"), _yaml(table, module).encode()))
+    if shares is not None:
+        text = _yaml(options_of(shares), module)
+        files.append(write_whole(file.with_suffix(".yaml"), text.encode()))
     print(*files, sep="\n")
 
 

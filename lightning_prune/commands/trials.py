@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def run_trial(cfg: DictConfig, objectives: Iterable[str], follow: Follow) -> tup
     folder.mkdir(parents=True, exist_ok=True)
     objectives = list(objectives)
     with (folder / "console.txt").open("w", encoding="utf-8") as console, redirect_stdout(console):
-        with known_warnings():
+        with redirect_stderr(console), known_warnings():  # warnings of one trial are not news of the search
             model, data, trainer = build(cfg)
             trainer.callbacks.insert(0, Watch(objectives[0], follow))  # type: ignore[attr-defined]
             fit(trainer, model, data, None, "the last checkpoint of the trial is {}")
@@ -88,7 +88,12 @@ def check_metrics(cfg: DictConfig, objectives: Iterable[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         OmegaConf.update(rehearsal, "run_dir", folder)
         OmegaConf.update(rehearsal, "trainer.fast_dev_run", True, force_add=True)
-        with (Path(folder) / "console.txt").open("w") as console, redirect_stdout(console), known_warnings():
+        with (
+            (Path(folder) / "console.txt").open("w") as console,
+            redirect_stdout(console),
+            redirect_stderr(console),
+            known_warnings(),
+        ):
             model, data, trainer = build(rehearsal)
             fit(trainer, model, data, None, "")
     known = dict.fromkeys(map(str, trainer.callback_metrics), 0.0)

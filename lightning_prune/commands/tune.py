@@ -95,7 +95,7 @@ def _shared(cfg: DictConfig) -> dict[str, Any]:
 def _search(study: Study, search: Search, said: Words) -> None:
     """Run trials, writing the findings after each."""
     done = len(counted(study))
-    with waiting(search.n_trials, done, f"{done} trials are there") as advance:
+    with waiting(search.n_trials, done, f"{done} done before" if done else "first trial") as advance:
         while len(counted(study)) < search.n_trials:
             trial = study.ask()
             try:
@@ -103,8 +103,8 @@ def _search(study: Study, search: Search, said: Words) -> None:
             except KeyboardInterrupt:
                 give_up(study, trial)
                 raise Stopped(
-                    f"Stopped in trial {trial.number}; {len(finished(study))} finished trials are kept in "
-                    f"{search.folder}, and the same command goes on."
+                    f"Stopped in trial {trial.number}; the finished trials ({len(finished(study))}) are kept "
+                    f"in {search.folder}, and the same command goes on."
                 ) from None
             except BaseException:
                 give_up(study, trial)

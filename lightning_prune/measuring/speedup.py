@@ -59,6 +59,11 @@ class LayerTime:
     moved: int = 0
     has_layers: bool = False
 
+    @property
+    def is_layer(self) -> bool:
+        """Whether it does work of its own that a name stands for; else it only calls its children."""
+        return not self.has_layers or self.dense_macs > 0
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -83,11 +88,14 @@ class Speedup:
         time: Share of the time that is left.
         macs: Share of the multiply-accumulates that is left.
         faults: Layers, the costliest first; empty where the gain is as promised.
+        between: Milliseconds of the pruned network outside its layers, and how many of them are more than was
+            promised; both 0 where that is not worth a word.
     """
 
     time: float
     macs: float
     faults: tuple[Fault, ...] = ()
+    between: tuple[float, float] = (0.0, 0.0)
 
     @property
     def verdict(self) -> Verdict:
@@ -117,10 +125,13 @@ def judge_speedup(time: float, macs: float, layers: Sequence[LayerTime] = ()) ->
     bare = Speedup(time, macs)
     if bare.verdict == "as promised":
         return bare
-    total = sum(layer.dense_ms for layer in layers)
-    faults = [Fault(layer, _lost(layer, macs), _reason(layer)) for layer in layers]
-    named = sorted((f for f in faults if f.lost_ms > NOTABLE * total), key=lambda f: -f.lost_ms)
-    return Speedup(time, macs, tuple(named[:MOST]))
+    notable = NOTABLE * sum(layer.dense_ms for layer in layers)
+    faults = [Fault(each, _lost(each, macs), _reason(each)) for each in layers if each.is_layer]
+    named = sorted((f for f in faults if f.lost_ms > notable), key=lambda f: -f.lost_ms)
+    rest = [each for each in layers if not each.is_layer]
+    lost = sum(_lost(each, macs) for each in rest)
+    between = (sum(each.pruned_ms for each in rest), lost) if lost > notable else (0.0, 0.0)
+    return Speedup(time, macs, tuple(named[:MOST]), between)
 
 
 def _lost(layer: LayerTime, macs: float) -> float:
@@ -131,7 +142,7 @@ def _lost(layer: LayerTime, macs: float) -> float:
 def _reason(layer: LayerTime) -> str:
     odd = [str(n) for n in layer.widths if n > MULTIPLE and n % MULTIPLE]
     if not layer.pruned_macs:
-        return "it multiplies nothing, and is bound by memory"
+        return "it multiplies nothing, so its time is that of memory and of the call"
     if odd:
         return f"{' and '.join(odd)} channels are no multiple of {MULTIPLE}; set round_to={MULTIPLE}"
     if layer.moved and layer.pruned_macs < MOVES * layer.moved:
@@ -159,7 +170,12 @@ def explain_speedup(speedup: Speedup) -> list[str]:
     first = (
         f"{head}: it takes {speedup.time:.2f} of the time at {speedup.macs:.2f} of the multiply-accumulates."
     )
-    return [first, *(_sentence(fault) for fault in speedup.faults)]
+    taken, lost = speedup.between
+    rest = (
+        f"Outside the layers, calls and operations such as additions take {taken:.2g} ms, {lost:.2g} ms more "
+        "than promised."
+    )
+    return [first, *map(_sentence, speedup.faults), *([rest] if lost else [])]
 
 
 def account_for_speed(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 from lightning_prune.reporting.report import BEFORE_AFTER, Report
 from lightning_prune.reporting.sections import target_cells
@@ -10,7 +11,7 @@ from lightning_prune.reporting.sections import target_cells
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["print_report", "wide_console"]
+__all__ = ["print_report", "print_table", "wide_console"]
 
 PIPE_WIDTH = 160  # of lines that go to no terminal
 
@@ -21,6 +22,42 @@ def wide_console() -> Console:
 
     console = Console()
     return console if console.is_terminal else Console(width=PIPE_WIDTH)
+
+
+def print_table(
+    console: Console,
+    title: str,
+    head: Sequence[str],
+    lines: Sequence[Sequence[str]],
+    *,
+    words: int,
+    names: int = 0,
+) -> None:
+    """Print a table of numbers; without lines nothing.
+
+    Args:
+        console: Where to.
+        title: Above it.
+        head: Heads of the columns.
+        lines: Its lines.
+        words: How many of the last columns are words.
+        names: How many of the first are.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    if not lines:
+        return
+    console.print(Text(title, style="bold"))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for place, name in enumerate(head):
+        is_number = names <= place < len(head) - words
+        justify: Literal["left", "right"] = "right" if is_number else "left"
+        table.add_column(name, justify=justify, overflow="fold")
+    for line in lines:
+        table.add_row(*map(Text, line))
+    console.print(table)
 
 
 def print_report(report: Report, console: Console | None = None) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lightning_prune.graph.explaining import Frozen
-from lightning_prune.reporting.console import wide_console
+from lightning_prune.reporting.console import print_table, wide_console
 from lightning_prune.reporting.sections import frozen_cells
 from lightning_prune.reporting.wording import percent
 from lightning_prune.selection.forecast import Forecast
@@ -103,14 +103,14 @@ def print_outlook(outlook: Outlook, console: Console | None = None) -> None:
 
     console = console or wide_console()
     console.print(Text(f"{outlook.model}, traced with {outlook.inputs}\n"))
-    _print_table(
+    print_table(
         console,
         "Groups: units that compete with each other; those of one class are alike",
         ("units", "left", "kept", "class", "kind", "group"),
         _group_cells(outlook.groups),
         words=2,
     )
-    _print_table(
+    print_table(
         console,
         "What each step leaves; MACs of one forward of these inputs",
         ("step", "epoch", "units", "parameters", "", "MACs", ""),
@@ -120,7 +120,7 @@ def print_outlook(outlook: Outlook, console: Console | None = None) -> None:
     if outlook.budget is not None:
         what, asked, reached = outlook.budget
         console.print(Text(f"Budget {what}: asked to keep {percent(asked)}, will keep {percent(reached)}.\n"))
-    _print_table(
+    print_table(
         console,
         "What stays whatever is asked, and why",
         ("reason", "where"),
@@ -190,23 +190,3 @@ def _step_cells(outlook: Outlook) -> Iterator[Sequence[str]]:
             f"{step.macs:,}",
             percent(step.macs / max(dense.macs, 1)),
         )
-
-
-def _print_table(
-    console: Console, title: str, head: Sequence[str], lines: Sequence[Sequence[str]], *, words: int
-) -> None:
-    """Print a table whose last columns are words, the others numbers."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    if not lines:
-        return
-    console.print(Text(title, style="bold"))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for place, name in enumerate(head):
-        justify = "left" if place >= len(head) - words else "right"
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for line in lines:
-        table.add_row(*map(Text, line))
-    console.print(table)

@@ -9,6 +9,8 @@ __all__ = [
     "cell",
     "faster",
     "fewer",
+    "figure",
+    "is_share",
     "less",
     "markdown_table",
     "mebibytes",
@@ -109,6 +111,24 @@ def percent(share: float) -> str:
     '97.25%'
     """
     return f"{100 * share:.2f}%"
+
+
+def is_share(metric: str, *values: float) -> bool:
+    """Tell whether values of a metric read best as percentages: those of an accuracy in [0, 1].
+
+    >>> is_share("val/acc", 0.9, 1.0), is_share("val/acc", 90.0), is_share("val/loss", 0.9)
+    (True, False, False)
+    """
+    return "acc" in metric.lower() and all(0 <= value <= 1 for value in values)
+
+
+def figure(metric: str, value: float) -> str:
+    """Write a value of a metric.
+
+    >>> figure("val/acc", 0.5), figure("val/loss", 0.5)
+    ('50.00%', '0.5')
+    """
+    return percent(value) if is_share(metric, value) else number(value)
 
 
 def number(value: float) -> str:

@@ -70,8 +70,9 @@ def measure_sensitivity(
         found = _continued(path, found)
     if found.baseline is None:
         found.baseline = _evaluated(evaluate, copy.deepcopy(model))
-    todo = [(p, r) for p in parts for r in sorted(ratios) if r not in found.points.get(p.name, {})]
-    for part, ratio in with_bar(todo, "sensitivity"):
+    todo = [(p, r) for p in parts for r in sorted(set(ratios)) if r not in found.points.get(p.name, {})]
+    done = len(parts) * len(set(ratios)) - len(todo)
+    for part, ratio in with_bar(todo, _described, done=done):
         smaller = copy.deepcopy(model)
         plan, _ = pruner.settle(partial(cut_parts, pruner, {part: ratio}))
         if plan:
@@ -80,6 +81,11 @@ def measure_sensitivity(
         if path is not None:
             found.write(path)
     return found
+
+
+def _described(point: tuple[Part, float]) -> str:
+    part, ratio = point
+    return f"{part.name.partition('.weight:')[0]} less {ratio:.0%}"
 
 
 def _evaluated(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:

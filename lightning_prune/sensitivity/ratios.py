@@ -13,9 +13,9 @@ from lightning_prune.errors import OptionError
 from lightning_prune.pruner import GroupNormPruner
 from lightning_prune.selection.choosing import Choice
 from lightning_prune.sensitivity.curves import Sensitivity
-from lightning_prune.sensitivity.parts import cut_parts, parts_of
+from lightning_prune.sensitivity.parts import Part, cut_parts, parts_of
 
-__all__ = ["ratios_for"]
+__all__ = ["options_of", "ratios_for", "shares_for"]
 
 
 def ratios_for(
@@ -46,6 +46,17 @@ def ratios_for(
         OptionError: If nothing that was measured is a part of this network.
         BudgetError: If the budget is out of reach; it says what is reachable.
     """
+    return options_of(shares_for(sensitivity, model, example_inputs, budget, **options))
+
+
+def shares_for(
+    sensitivity: Sensitivity,
+    model: nn.Module,
+    example_inputs: Any,
+    budget: Mapping[str, float],
+    **options: Any,
+) -> dict[Part, float]:
+    """Find the share of its units that every part gives for a budget; arguments as for ``ratios_for``."""
     pruner = GroupNormPruner(model, example_inputs, **options)
     parts = [p for p in parts_of(pruner) if p.name in sensitivity.points and p.keys]
     if not parts:
@@ -67,10 +78,19 @@ def ratios_for(
         model, pruner.analysis, example_inputs, pruner.options.forward_fn, lambda way: choose(way).keep
     )
     kept = Budget(budget).meet(subject, choose, next(iter(budget.values())))
+    # What went, not what was asked: a share at the edge of rounding would tip over in YAML.
+    units = {part: pruner.groups()[part.groups[0]].units for part in parts}
+    return {part: round(1 - float(kept.keep[owned].mean()), 9) for part, owned in units.items()}
+
+
+def options_of(shares: Mapping[Part, float]) -> dict[str, dict[str, float]]:
+    """Write shares as options of a pruner.
+
+    Args:
+        shares: Share of its units that every part gives, in [0, 1).
+    """
     table: dict[str, dict[str, float]] = {"pruning_ratio_dict": {}}
-    for part in parts:
-        # What went, not what was asked: a share at the edge of rounding would tip over in YAML.
-        ratio = 1 - float(kept.keep[pruner.groups()[part.groups[0]].units].mean())
+    for part, share in shares.items():
         option = "head_pruning_ratio_dict" if part.heads else "pruning_ratio_dict"
-        table.setdefault(option, {}).update(dict.fromkeys(part.keys, round(ratio, 9)))
+        table.setdefault(option, {}).update(dict.fromkeys(part.keys, share))
     return table
