@@ -25,7 +25,7 @@ from lightning_prune.reporting.history import ClassScores, Cut, Spread
 from lightning_prune.reporting.markdown import to_markdown
 from lightning_prune.reporting.pictures import drawing
 from lightning_prune.reporting.pictures.channels import channels_figure, shorten
-from lightning_prune.reporting.report import Report, Target
+from lightning_prune.reporting.report import Metric, Report, Target
 from lightning_prune.reporting.writing import write_report
 
 TEXTS = ["report.html", "report.md", "report.json"]
@@ -50,6 +50,8 @@ def sample(**changes: Any) -> Report:
         "pruned": PRUNED,
         "dense_is": "A twin trained without pruning: same seed, same epochs.",
         "split": "test",
+        "others": (Metric("loss", "min", 0.1, 0.12), Metric("f1", None, 0.97, 0.98)),
+        "inputs": "one sample, 1x3x32x32 float32",
         "channels": {
             "stem": (16, 9),
             "layer1.0.conv1": (16, 8),
@@ -219,7 +221,29 @@ def test_another_metric_keeps_its_scale_and_its_direction() -> None:
         "2.75",
         "0.25 higher (worse)",
     )
-    assert "The val_loss is that of the val split, which may have guided training." in shown.notes()
+    assert "The metrics are those of the val split, which may have guided training." in shown.notes()
+    alone = replace(shown, others=())
+    assert "The val_loss is that of the val split, which may have guided training." in alone.notes()
+
+
+def test_metrics_beside_the_main_one_come_after_it_and_survive_json() -> None:
+    nan = sample(others=(Metric("loss", "min", 0.1, float("nan")), Metric("f1", None, 0.9, 0.8)))
+    again = Report.from_dict(json.loads(nan.to_json()))
+    for shown in (nan, again):
+        assert [row.label for row in shown.rows()[:4]] == [
+            "accuracy (test)",
+            "loss (test)",
+            "f1 (test)",
+            "parameters",
+        ]
+        assert shown.rows()[1].pruned == "nan"
+        assert shown.rows()[2].change == "0.1 lower"  # not called worse: nothing says which way is better
+    assert again.others[1] == nan.others[1]
+    without = sample(dense=replace(DENSE, accuracy=None), pruned=replace(PRUNED, accuracy=None))
+    assert [row.label for row in without.rows()[:2]] == ["loss (test)", "f1 (test)"]
+    old = json.loads(sample().to_json())
+    del old["others"], old["inputs"]
+    assert Report.from_dict(old) == sample(others=(), inputs="")
 
 
 def test_what_was_not_measured_has_no_row() -> None:

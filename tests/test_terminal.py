@@ -20,7 +20,7 @@ CTRL_C = b"\x03"
 
 
 def typed(*words: str, folder: Path, stop_at: str = "") -> tuple[int, str]:
-    """Type a command on a terminal, and Ctrl-C once what it shows matches; give exit code and what it showed."""
+    """Type a command on a terminal, and Ctrl-C once the screen matches; give exit code and what was shown."""
     process, terminal = pty.fork()
     if process == 0:  # the child, whose terminal sends Ctrl-C to all that runs in front
         os.chdir(folder)

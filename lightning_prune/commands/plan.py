@@ -6,11 +6,9 @@ import json
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Any
 
-import torch
 from hydra.utils import instantiate
-from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_prune.commands.configuring import compose_config, config_parser, pruner_of
@@ -21,6 +19,8 @@ from lightning_prune.reporting.diagram import to_mermaid
 from lightning_prune.reporting.outlook import GroupOutlook, Outlook, print_outlook, waiting, with_progress
 from lightning_prune.scores.importance import NEEDS
 from lightning_prune.training.callback import StructuredPruning
+from lightning_prune.training.example_inputs import Example
+from lightning_prune.training.samples import described, per_sample, sample_of
 
 __all__ = ["run"]
 
@@ -53,20 +53,20 @@ def run(words: Sequence[str]) -> None:
     )
     given = parser.parse_intermixed_args(words)
     cfg = compose_config(given.overrides, given.config_dir)
-    model, callback, pruner = _built(cfg)
+    callback, pruner = _built(cfg)
     if given.diagram:
         group = _group(pruner, given.diagram)
         types = {name: type(layer).__name__ for name, layer in pruner.model.named_modules()}
         print(to_mermaid(group, pruner.couplings(group), types))
         return
-    outlook = _outlook(model, callback, pruner)
+    outlook = _outlook(callback, pruner)
     if given.json:
         print(json.dumps(outlook.as_dict(), indent=2))
     else:
         print_outlook(outlook)
 
 
-def _built(cfg: DictConfig) -> tuple[LightningModule, StructuredPruning, GroupNormPruner]:
+def _built(cfg: DictConfig) -> tuple[StructuredPruning, GroupNormPruner]:
     if not cfg.pruning:
         raise OptionError(
             "a plan was asked for with pruning=none, which cuts nothing; choose another pruning=..."
@@ -84,11 +84,13 @@ def _built(cfg: DictConfig) -> tuple[LightningModule, StructuredPruning, GroupNo
             f"a plan for {type(model).__name__} was asked for, but it has no example_input_array to trace it "
             "with; set that attribute to one input of forward"
         )
-    return model, callback, pruner
+    return callback, pruner
 
 
-def _outlook(model: LightningModule, callback: StructuredPruning, pruner: GroupNormPruner) -> Outlook:
+def _outlook(callback: StructuredPruning, pruner: GroupNormPruner) -> Outlook:
     steps = tuple(with_progress(pruner.foresee(), pruner.iterative_steps + 1))
+    inputs = Example(pruner.example_inputs, pruner.options.forward_fn)
+    steps, macs_of = per_sample(steps, inputs, sample_of(pruner.model, inputs))
     first, last = steps[0], steps[-1]
     classes = list(dict.fromkeys(group.isomorphism for group in pruner.groups()))
     groups = tuple(
@@ -104,7 +106,8 @@ def _outlook(model: LightningModule, callback: StructuredPruning, pruner: GroupN
     )
     return Outlook(
         model=type(pruner.model).__name__,
-        inputs=_described(model.example_input_array),
+        inputs=described(inputs),
+        macs_of=macs_of,
         groups=groups,
         steps=steps,
         epochs=tuple(
@@ -114,16 +117,6 @@ def _outlook(model: LightningModule, callback: StructuredPruning, pruner: GroupN
         frozen=pruner.frozen(),
         unknown=pruner.unknown_operations(),
     )
-
-
-def _described(inputs: Any) -> str:
-    """Say what the inputs are, in words."""
-    if isinstance(inputs, torch.Tensor):
-        return f"{'x'.join(map(str, inputs.shape))} {str(inputs.dtype).removeprefix('torch.')}"
-    values = inputs.values() if isinstance(inputs, dict) else inputs
-    if isinstance(inputs, (dict, list, tuple)):
-        return ", ".join(map(_described, values))
-    return type(inputs).__name__
 
 
 def _group(pruner: GroupNormPruner, name: str) -> Group:

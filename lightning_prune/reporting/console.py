@@ -83,5 +83,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     for label, asked, reached in target_cells(report.targets):
         console.print(Text(f"{label}: asked {asked}, reached {reached}"))
     console.print(Text(f"dense: {report.dense_is}"))
+    if report.inputs:
+        console.print(Text(f"MACs, latency and peak memory: those of {report.inputs}."))
     for note in report.notes():
         console.print(Text.assemble(("Note: ", "bold yellow"), note))

@@ -25,6 +25,7 @@ def to_markdown(
     parts = [
         "# Before and after pruning",
         f"**dense**: {report.dense_is}",
+        *([f"MACs, latency and peak memory are those of {report.inputs}."] if report.inputs else []),
         markdown_table(BEFORE_AFTER, [(r.label, r.dense, r.pruned, r.change) for r in report.rows()]),
         *(f"> {note}" for note in (*report.notes(), *remarks)),
     ]

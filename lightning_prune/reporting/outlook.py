@@ -47,6 +47,7 @@ class Outlook:
     Args:
         model: Name of its class.
         inputs: What it was traced with, in words.
+        macs_of: What the MACs of the steps are those of, in words.
         groups: Every group of units.
         steps: What is left before the first step and after each.
         epochs: Epoch that begins with each step, 0-based; one less than ``steps``.
@@ -57,6 +58,7 @@ class Outlook:
 
     model: str
     inputs: str
+    macs_of: str
     groups: tuple[GroupOutlook, ...]
     steps: tuple[Forecast, ...]
     epochs: tuple[int, ...]
@@ -70,6 +72,7 @@ class Outlook:
         return {
             "model": self.model,
             "inputs": self.inputs,
+            "macs_of": self.macs_of,
             "groups": [asdict(group) | {"tensors": list(group.tensors)} for group in self.groups],
             "steps": [
                 {
@@ -112,7 +115,7 @@ def print_outlook(outlook: Outlook, console: Console | None = None) -> None:
     )
     print_table(
         console,
-        "What each step leaves; MACs of one forward of these inputs",
+        f"What each step leaves; MACs are those of {outlook.macs_of}",
         ("step", "epoch", "units", "parameters", "", "MACs", ""),
         list(_step_cells(outlook)),
         words=0,

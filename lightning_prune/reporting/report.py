@@ -15,6 +15,7 @@ from lightning_prune.reporting.history import Cut, Spread
 from lightning_prune.reporting.wording import (
     faster,
     fewer,
+    is_share,
     less,
     mebibytes,
     milliseconds,
@@ -24,7 +25,7 @@ from lightning_prune.reporting.wording import (
     within_spread,
 )
 
-__all__ = ["Measured", "Report", "Row", "Target", "plain"]
+__all__ = ["Measured", "Metric", "Report", "Row", "Target", "plain"]
 
 BEFORE_AFTER = ("", "dense", "pruned", "change")
 
@@ -42,6 +43,23 @@ class Target:
     what: str
     asked: float
     reached: float
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A logged metric of both networks.
+
+    Args:
+        name: Without the split.
+        direction: "max" if more of it is better, "min" if less is, None if that is not known.
+        dense: Value of the network before.
+        pruned: Value of the network after.
+    """
+
+    name: str
+    direction: Literal["max", "min"] | None
+    dense: float
+    pruned: float
 
 
 @dataclass(frozen=True)
@@ -65,6 +83,8 @@ class Report:
         metric: Name of what ``accuracy`` holds; another metric than accuracy keeps its own scale.
         direction: "max" if more of the metric is better, "min" if less is.
         split: Data it was computed on ("test", "val"); None = no data, the table then has no such row.
+        others: Metrics beside that one, on the same data.
+        inputs: What MACs, latency and peak memory are those of, in words: "one sample, 1x3x32x32 float32".
         channels: Layer -> (before, after).
         targets: Asked against reached.
         seed: Seed of the run, None if none was set.
@@ -90,6 +110,8 @@ class Report:
     metric: str = "accuracy"
     direction: Literal["max", "min"] = "max"
     split: str | None = None
+    others: Sequence[Metric] = ()
+    inputs: str = ""
     channels: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     targets: Sequence[Target] = ()
     seed: int | None = None
@@ -126,9 +148,8 @@ class Report:
         if not _score_rows(self):
             notes.append("No metric was measured on held-out data: nothing is known of the model's quality.")
         elif self.split != "test":
-            notes.append(
-                f"The {self.metric} is that of the {self.split} split, which may have guided training."
-            )
+            whose = "metrics are those" if len(_score_rows(self)) > 1 else f"{self.metric} is that"
+            notes.append(f"The {whose} of the {self.split} split, which may have guided training.")
         macs = saved(self.dense.macs, self.pruned.macs)
         latency = saved(self.dense.latency_ms, self.pruned.latency_ms)
         times = [(each.latency_ms, each.latency_iqr_ms) for each in (self.dense, self.pruned)]
@@ -154,6 +175,8 @@ class Report:
             "pruned": asdict(self.pruned),
             "dense_is": self.dense_is,
             "metric": {"name": self.metric, "direction": self.direction, "split": self.split},
+            "others": [asdict(each) for each in self.others],
+            "inputs": self.inputs,
             "targets": [asdict(target) for target in self.targets],
             "channels": self.channels,
             "notes": self.notes(),
@@ -184,6 +207,8 @@ class Report:
                 metric=data["metric"]["name"],
                 direction=data["metric"]["direction"],
                 split=data["metric"]["split"],
+                others=tuple(_metric(each) for each in data.get("others", ())),
+                inputs=data.get("inputs", ""),
                 channels={name: (before, after) for name, (before, after) in data["channels"].items()},
                 targets=tuple(Target(**target) for target in data["targets"]),
                 seed=data["seed"],
@@ -205,21 +230,27 @@ class Report:
 
 
 def _score_rows(report: Report) -> list[Row]:
-    before, after = report.dense.accuracy, report.pruned.accuracy
-    if report.split is None or before is None or after is None:
+    if report.split is None:
         return []
-    is_share = "acc" in report.metric.lower() and 0 <= min(before, after) <= max(before, after) <= 1
+    before, after = report.dense.accuracy, report.pruned.accuracy
+    known = before is not None and after is not None
+    main = [Metric(report.metric, report.direction, before, after)] if known else []  # type: ignore[arg-type]
+    return [_score_row(each, report.split) for each in (*main, *report.others)]
+
+
+def _score_row(metric: Metric, split: str) -> Row:
+    before, after = metric.dense, metric.pruned
     show, gap = (
         (percent, f"{100 * abs(after - before):.2f} points")
-        if is_share
+        if is_share(metric.name, before, after)
         else (number, number(abs(after - before)))
     )
     change = "the same"
     if show(before) != show(after):
         change = f"{gap} {'higher' if after > before else 'lower'}"
-        if report.direction == "min":  # a reader expects more to be better
+        if metric.direction == "min":  # a reader expects more to be better
             change += " (better)" if after < before else " (worse)"
-    return [Row(f"{report.metric} ({report.split})", show(before), show(after), change)]
+    return Row(f"{metric.name} ({split})", show(before), show(after), change)
 
 
 def _latency_rows(dense: Measured, pruned: Measured) -> list[Row]:
@@ -236,6 +267,12 @@ def _byte_rows(label: str, a: int | None, b: int | None) -> list[Row]:
 def _measured(data: Mapping[str, Any]) -> Measured:
     known = {field.name for field in fields(Measured)}
     return Measured(**{name: value for name, value in data.items() if name in known})
+
+
+def _metric(data: Mapping[str, Any]) -> Metric:
+    """Read a metric; JSON has no NaN, so what is missing was one."""
+    dense, pruned = (math.nan if data[key] is None else data[key] for key in ("dense", "pruned"))
+    return Metric(data["name"], data["direction"], dense, pruned)
 
 
 def plain(value: Any) -> Any:

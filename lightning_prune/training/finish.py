@@ -5,71 +5,37 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_prune.errors import TraceError
-from lightning_prune.measuring.cost import measure_cost
 from lightning_prune.measuring.measured import describe_machine, describe_versions, measure_pair
 from lightning_prune.measuring.speedup import account_for_speed
 from lightning_prune.plan import Plan
 from lightning_prune.pruner import GroupNormPruner
 from lightning_prune.reporting.console import print_report
 from lightning_prune.reporting.history import Cut, Spread, record_cut, record_spread
-from lightning_prune.reporting.report import Report, Target
+from lightning_prune.reporting.report import Metric, Report, Target
 from lightning_prune.reporting.writing import write_report
 from lightning_prune.surgery.structure import take_on
-from lightning_prune.training.example_inputs import Example, one_sample
+from lightning_prune.training.example_inputs import Example
+from lightning_prune.training.samples import sample_of
+from lightning_prune.training.scoring import Score
 from lightning_prune.training.showing import show
-from lightning_prune.training.strategies import callbacks_of
 
-__all__ = ["FitReport", "Score"]
+__all__ = ["FitReport"]
 
 BEFORE_THE_CUT = "The model just before its first cut."
-_SPLIT = re.compile(r"^(test|val|valid|validation)[_/]")
 _WIDTHS = ("out_channels", "out_features", "embedding_dim")
-
-
-class Score:
-    """Which of the logged metrics speaks for the task.
-
-    Args:
-        trainer: Its checkpoint and early stopping callbacks name the monitored metric and its direction.
-    """
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._monitored: dict[str, str] = {}
-        for callback in callbacks_of(trainer):
-            if isinstance(callback, (ModelCheckpoint, EarlyStopping)) and callback.monitor:
-                self._monitored[_without_split(callback.monitor)] = callback.mode
-
-    def choose(self, metrics: Mapping[str, float]) -> str | None:
-        """Choose a metric: an accuracy, else the monitored one, else a loss of held-out data."""
-        held_out = [name for name in metrics if _SPLIT.match(name)] or list(metrics)
-        accuracies = [name for name in held_out if "acc" in _without_split(name).lower()]
-        monitored = [name for name in held_out if _without_split(name) in self._monitored]
-        losses = [name for name in held_out if "loss" in _without_split(name).lower()]
-        return next(iter([*accuracies, *monitored, *losses]), None)
-
-    def direction(self, name: str) -> Literal["max", "min"]:
-        """Say whether more or less of the metric is better."""
-        plain = _without_split(name)
-        mode = self._monitored.get(
-            plain, "min" if "loss" in plain.lower() or "err" in plain.lower() else "max"
-        )
-        return "min" if mode == "min" else "max"
 
 
 class FitReport:
@@ -226,19 +192,20 @@ class FitReport:
         targets: tuple[Target, ...],
         config: Mapping[str, Any],
     ) -> Report:
-        name, direction, split, scores = self._scores(trainer, pl_module, dense)
+        split, metric, others = self._scores(trainer, pl_module, dense)
         pair = {
             "dense": copy.deepcopy(dense.get_submodule(module or "")),
             "pruned": copy.deepcopy(pl_module.get_submodule(module or "")),
         }
         for network in pair.values():
             network.to(trainer.strategy.root_device)
-        example = _measurable(pair["dense"], example)
+        sample = sample_of(pair["dense"], example)
+        example = sample.example
         before, after = measure_pair(
             pair["dense"],
             pair["pruned"],
             example.inputs,
-            accuracies=(scores.get("dense"), scores.get("pruned")),
+            accuracies=(metric.dense, metric.pruned) if metric else (None, None),
             forward_fn=example.forward_fn,
             min_run_time_s=self.seconds,
         )
@@ -255,9 +222,11 @@ class FitReport:
             dense=before,
             pruned=after,
             dense_is=self._dense_is,
-            metric=name,
-            direction=direction,
+            metric=metric.name if metric else "accuracy",
+            direction=(metric.direction if metric else None) or "max",
             split=split,
+            others=others,
+            inputs=sample.words,
             channels=_channels(pair["dense"], pair["pruned"]),
             targets=targets,
             seed=None if seed is None else int(seed),
@@ -272,34 +241,21 @@ class FitReport:
 
     def _scores(
         self, trainer: Trainer, pl_module: LightningModule, dense: LightningModule
-    ) -> tuple[str, Literal["max", "min"], str | None, dict[str, float]]:
+    ) -> tuple[str | None, Metric | None, tuple[Metric, ...]]:
         """Score both on the test split if that can be done, else compare validation metrics."""
-        score = Score(trainer)
         known = self._twin is not None or self._weights is not None
-        tested: dict[str, dict[str, float]] = {}
         if known and trainer.world_size == 1 and _can_test(trainer, pl_module):
-            tested = {"dense": _test(trainer, dense), "pruned": _test(trainer, pl_module)}
-        seen = tested or {"dense": self._metrics, "pruned": _numbers(trainer.callback_metrics)}
-        if not tested and self._twin is not None:
-            return "accuracy", "max", None, {}
-        shared = {
-            n: v for n, v in seen["pruned"].items() if n in seen["dense"] and not n.startswith("prune/")
-        }
-        shared = shared if tested else {n: v for n, v in shared.items() if n.startswith("val")}
-        name = score.choose(shared)
-        if name is None:
-            return "accuracy", "max", None, {}
-        scores = {kind: metrics[name] for kind, metrics in seen.items()}
-        return _display(name), score.direction(name), "test" if tested else "val", scores
+            split, seen = "test", (_test(trainer, dense), _test(trainer, pl_module))
+        elif self._twin is not None:
+            return None, None, ()
+        else:
+            split, seen = "val", (_validated(self._metrics), _validated(_numbers(trainer.callback_metrics)))
+        main, others = Score(trainer).compare(*seen)
+        return (split if main or others else None), main, others
 
 
-def _without_split(name: str) -> str:
-    return _SPLIT.sub("", name)
-
-
-def _display(name: str) -> str:
-    plain = _without_split(name)
-    return "accuracy" if plain.lower() in ("acc", "accuracy") else plain
+def _validated(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if name.startswith("val")}
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -359,16 +315,6 @@ def _silence() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
-
-
-def _measurable(dense: nn.Module, example: Example) -> Example:
-    """Prefer one sample, so that MACs and latency are those of one."""
-    single = one_sample(example)
-    try:
-        measure_cost(dense, single.inputs, forward_fn=single.forward_fn)
-    except TraceError:
-        return example
-    return single
 
 
 def _channels(dense: nn.Module, pruned: nn.Module) -> dict[str, tuple[int, int]]:
