@@ -23,7 +23,6 @@ from lightning_prune.surgery.rehearsing import rehearse
 from lightning_prune.surgery.structure import (
     ADVICE,
     Shapes,
-    confirm,
     is_guess,
     is_noted,
     note,
@@ -203,19 +202,16 @@ def fit_to_checkpoint(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
 def adopt(module: nn.Module, plan: Plan) -> None:
     """Bring a module that took on mere shapes to the plan they came from: attributes, patches, the record.
 
-    Values stay where they are. A module that follows the plan already is left alone.
+    Values stay where they are.
 
     Raises:
         CheckpointMismatchError: If the plan does not fit the module.
     """
-    if plan_of(module) == plan:
-        confirm(module)
-        return
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     held = {name: tensor.data for name, tensor in tensors.items()}
     _adopt(module, {"": plan}, {})
     for name, data in held.items():
-        if tensors[name].shape == data.shape and tensors[name].data is not data:
+        if tensors[name].shape == data.shape:
             set_tensor_data(tensors[name], data)
 
 
@@ -310,7 +306,13 @@ def _read(
     """Read the manifests at and below ``root``; names become relative to it."""
     metadata = getattr(state_dict, "_metadata", None)
     metadata = metadata if isinstance(metadata, Mapping) else (local or {})
-    found = {p: entry[KEY] for p, entry in metadata.items() if isinstance(entry, Mapping) and KEY in entry}
+    wrong = [path for path, entry in metadata.items() if not isinstance(entry, Mapping)]
+    if wrong:
+        raise CheckpointMismatchError(
+            f"the state dict's metadata of {wrong[0]!r} are a {type(metadata[wrong[0]]).__name__}, no table: "
+            "the file is damaged or was edited. Nothing was loaded"
+        )
+    found = {path: entry[KEY] for path, entry in metadata.items() if KEY in entry}
     return {path: _plan_from(data, path) for path, data in _below(found, root).items()}
 
 

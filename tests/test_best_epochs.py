@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
@@ -46,6 +48,31 @@ def test_the_best_of_every_level_is_kept(tmp_path):
     fit(build(Scripted), callback, saver, max_epochs=6, enable_checkpointing=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch=1.ckpt", "epoch=3.ckpt", "epoch=4.ckpt"]
     assert saver.best_model_path.endswith("epoch=4.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_resumed_run_goes_on_with_the_best_of_its_level(tmp_path):
+    def callbacks():
+        saver = PrunedModelCheckpoint(
+            dirpath=tmp_path / "best", filename="{epoch}", monitor="val_acc", mode="max", per_level=True
+        )
+        return Quiet(0.5, start_epoch=2), saver
+
+    every = ModelCheckpoint(tmp_path / "all", "{epoch}", save_top_k=-1)
+    fit(build(Scripted), *callbacks(), every, max_epochs=5, enable_checkpointing=True)
+    pruning, saver = callbacks()
+    path = tmp_path / "all" / "epoch=3.ckpt"
+    fit(build(Scripted), pruning, saver, ckpt_path=path, max_epochs=6, enable_checkpointing=True)
+    assert saver.best_model_path.endswith("epoch=3.ckpt")  # epochs 4 and 5 were worse
+
+
+def test_saving_by_the_clock_waits_for_the_cut_too(tmp_path):
+    saver = PrunedModelCheckpoint(
+        dirpath=tmp_path, filename="{epoch}", save_top_k=-1, train_time_interval=timedelta(microseconds=1)
+    )
+    fit(build(Scripted), Quiet(0.5, start_epoch=1), saver, max_epochs=3, enable_checkpointing=True)
+    # In the epoch of the cut nothing is validated yet.
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch=2.ckpt"]
 
 
 def test_early_stopping_begins_to_count_after_the_last_cut():

@@ -125,6 +125,17 @@ def test_a_prepared_model_resizes_itself_in_load_state_dict():
     assert torch.equal(other(X), model(X))
 
 
+def test_a_prepared_model_resizes_itself_inside_another():
+    class Holder(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+    model, other = Holder(pruned()), Holder(prepare(fresh()))
+    other.load_state_dict(through_a_file(model.state_dict()))
+    assert torch.equal(other.net(X), model.net(X))
+
+
 def test_parameters_stay_the_same_objects_and_train():
     model, other = pruned(), prepare(fresh())
     before = dict(other.named_parameters())
@@ -155,6 +166,20 @@ def test_growing_keeps_values_in_their_places():
     fit_to_checkpoint(model, {"state_dict": dict(fresh().state_dict())})
     assert torch.equal(model.fc.weight[:, list(KEEP)], kept)
     assert model.fc.weight[:, [0, 2]].abs().max() == 0
+
+
+def test_the_structure_alone_is_taken_on_from_the_metadata():
+    model, state = fresh(Outer), through_a_file(pruned(Outer).state_dict())
+    fit_to_checkpoint(model, {"state_dict": state})
+    assert model.net.conv.weight.shape == (2, 1, 1, 1)
+    assert model.net.conv.out_channels == 2
+    assert "lightning_prune" in model.state_dict()._metadata["net"]  # and is passed on
+
+
+def test_a_model_of_which_nothing_was_noted_says_nothing():
+    """Not even that it is whole: it may have been cut without a note."""
+    state = prepare(fresh(Outer)).state_dict()
+    assert all("lightning_prune" not in entry for entry in state._metadata.values())
 
 
 def test_another_plan_is_taken_on_from_a_pruned_model():
@@ -219,21 +244,29 @@ def test_a_plain_dict_loads_with_its_plan_or_the_entry_of_its_checkpoint():
     assert torch.equal(two(X), model(X))
 
 
+class Held(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Outer()
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["at the top", "below it"])
 @pytest.mark.parametrize("strip", [False, True], ids=["metadata", "entry"])
-def test_the_prefix_reaches_into_a_module_that_was_pruned_as_a_whole(strip):
+def test_the_prefix_reaches_into_a_module_that_was_pruned_as_a_whole(strip, held):
     """The plan then lies above the prefix."""
     whole = Plan(
         tuple(dataclasses.replace(c, tensor=f"net.{c.tensor}") for c in PLAN.cuts),
         tuple(dataclasses.replace(r, module=f"net.{r.module}") for r in PLAN.rewrites),
         sizes=tuple((f"net.{name}", shape) for name, shape in PLAN.sizes),
     )
-    model, net = fresh(Outer, seed=0), fresh()
+    root, net = fresh(Held if held else Outer, seed=0), fresh()
+    model = root.inner if held else root
     apply(model, whole)
     record(model, whole)
-    state = through_a_file(model.state_dict())
+    state = through_a_file(root.state_dict())
     if strip:
-        state = {"state_dict": dict(state), "lightning_prune": manifests(model)}
-    load_pruned_state(net, state, prefix="net.")
+        state = {"state_dict": dict(state), "lightning_prune": manifests(root)}
+    load_pruned_state(net, state, prefix="inner.net." if held else "net.")
     assert torch.equal(net(X), model.net(X))
     assert plan_of(net) == PLAN
 

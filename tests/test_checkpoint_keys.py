@@ -110,6 +110,28 @@ def test_a_key_that_its_module_can_do_without_is_no_error():
     assert torch.equal(other(X), pruned(Outer)(X))
 
 
+@pytest.mark.parametrize("how", ["function", "hook"])
+def test_what_a_module_asks_for_is_a_matter_of_the_files_version(how):
+    state = through_a_file(pruned(Outer).state_dict())
+    del state["net.bn.num_batches_tracked"]
+    model = prepare(fresh(Outer))
+    before = bits(model)
+    with pytest.raises(CheckpointMismatchError, match=r"'net\.bn\.num_batches_tracked' is missing"):
+        load_pruned_state(model, state) if how == "function" else model.load_state_dict(state)
+    assert same(model, before)
+
+
+@pytest.mark.parametrize("how", ["function", "hook"])
+def test_metadata_that_are_no_table_are_refused(how):
+    state = through_a_file(pruned(Outer).state_dict())
+    state._metadata["net.fc"] = 3
+    model = prepare(fresh(Outer))
+    before = bits(model)
+    with pytest.raises(CheckpointMismatchError, match=r"metadata of 'net\.fc' are a int, no table"):
+        load_pruned_state(model, state) if how == "function" else model.load_state_dict(state)
+    assert same(model, before)
+
+
 def test_a_key_that_another_hook_renames_is_no_error():
     def rename(state_dict, prefix, *_):
         state_dict[f"{prefix}bias"] = state_dict.pop(f"{prefix}b")
@@ -132,6 +154,16 @@ def test_a_key_that_a_hook_above_excuses_is_no_error():
     state = through_a_file(Above().state_dict())
     del state["inner.net.fc.bias"]
     Above().load_state_dict(state)
+
+
+def test_a_load_that_nobody_calls_strict_only_lists_the_keys():
+    """Not every loader goes through load_state_dict."""
+    model, state = prepare(fresh(Outer)), through_a_file(pruned(Outer).state_dict())
+    del state["scale"]
+    missing, unexpected, errors = [], [], []
+    model._load_from_state_dict(state, "", dict(state._metadata[""]), True, missing, unexpected, errors)
+    assert (missing, unexpected, errors) == (["scale"], [], [])
+    assert model.net.conv.out_channels == 2
 
 
 def test_state_of_other_kinds_is_asked_for_once():
