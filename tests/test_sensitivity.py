@@ -69,10 +69,10 @@ def test_a_point_is_what_a_prune_by_hand_gives(net):
 
 
 class Attention(nn.Module):
-    def __init__(self):
+    def __init__(self, width=8, heads=2, head_dim=8):
         super().__init__()
-        self.heads, self.head_dim = 2, 8
-        self.embed, self.qkv, self.out = nn.Linear(3, 8), nn.Linear(8, 48), nn.Linear(16, 2)
+        self.heads, self.head_dim, inner = heads, head_dim, heads * head_dim
+        self.embed, self.qkv, self.out = nn.Linear(3, width), nn.Linear(width, 3 * inner), nn.Linear(inner, 2)
 
     def forward(self, x):
         b, n, _ = x.shape
@@ -105,6 +105,21 @@ def test_what_one_size_binds_is_one_part():
         f"{key}:0/head": share for key, share in table["head_pruning_ratio_dict"].items()
     }
     assert options_of(shares) == table
+
+
+def test_ratios_for_heads_and_their_dims_together_meet_a_budget():
+    """Dims that go with their heads must not count as a share of the dims that are left."""
+    torch.manual_seed(0)
+    model, x = Attention(48, heads=4, head_dim=16).requires_grad_(False), torch.randn(2, 4, 3)
+    found = measure_sensitivity(
+        model, x, lambda m: float(m(x).mean()), ratios=[0.25, 0.5], prune_num_heads=True
+    )
+    dense = measure_cost(model, x)
+    table = ratios_for(found, model, x, {"macs": 0.5}, prune_num_heads=True)
+    assert max(table["head_pruning_ratio_dict"].values()) > 0
+    pruner = GroupNormPruner(model, x, pruning_ratio=0.0, prune_num_heads=True, **table)
+    pruner.step()
+    assert measure_cost(model, x).macs / dense.macs == pytest.approx(0.5, abs=0.03)
 
 
 @pytest.mark.parametrize("budget", [{"macs": 0.5}, {"params": 0.5}, {"memory": 0.8}], ids=str)

@@ -12,7 +12,7 @@ from lightning_prune.files import write_whole
 from lightning_prune.reporting.console import wide_console
 from lightning_prune.reporting.page import page_template
 from lightning_prune.reporting.report import Report
-from lightning_prune.reporting.wording import cell, markdown_table, milliseconds, percent
+from lightning_prune.reporting.wording import cell, faster, markdown_table, milliseconds, percent
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,7 +77,7 @@ def _line(name: str, report: Report) -> tuple[str, ...]:
     has_score = score.label != "parameters"
     speed = ""
     if dense.latency_ms and pruned.latency_ms:
-        speed = f"{dense.latency_ms / pruned.latency_ms:.2f}x"
+        speed = faster((dense.latency_ms, dense.latency_iqr_ms), (pruned.latency_ms, pruned.latency_iqr_ms))
     return (
         name,
         score.label if has_score else "",

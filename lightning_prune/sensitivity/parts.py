@@ -15,7 +15,7 @@ from lightning_prune.selection.requests import owned
 
 Bools = npt.NDArray[np.bool_]
 
-__all__ = ["Part", "cut_parts", "parts_of"]
+__all__ = ["Bools", "Part", "cut_parts", "parts_of"]
 
 
 @dataclass(frozen=True)

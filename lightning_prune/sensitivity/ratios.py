@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from lightning_prune.budgets.meeting import Budget
@@ -13,7 +14,7 @@ from lightning_prune.errors import OptionError
 from lightning_prune.pruner import GroupNormPruner
 from lightning_prune.selection.choosing import Choice
 from lightning_prune.sensitivity.curves import Sensitivity
-from lightning_prune.sensitivity.parts import Part, cut_parts, parts_of
+from lightning_prune.sensitivity.parts import Bools, Part, cut_parts, parts_of
 
 __all__ = ["options_of", "ratios_for", "shares_for"]
 
@@ -72,15 +73,26 @@ def shares_for(
         # the ratios change most.
         free, level = min(1.0, 2 * way), most * max(0.0, 2 * way - 1) ** 3
         shares = {p: free * sensitivity.ratio_at(p.name, level) for p in parts}
-        return cut_parts(pruner, shares)
+        choice = cut_parts(pruner, shares)
+        tried.append((choice.keep, shares))
+        return choice
 
+    tried: list[tuple[Bools, dict[Part, float]]] = []
     subject = Subject(
         model, pruner.analysis, example_inputs, pruner.options.forward_fn, lambda way: choose(way).keep
     )
     kept = Budget(budget).meet(subject, choose, next(iter(budget.values())))
-    # What went, not what was asked: a share at the edge of rounding would tip over in YAML.
-    units = {part: pruner.groups()[part.groups[0]].units for part in parts}
-    return {part: round(1 - float(kept.keep[owned].mean()), 9) for part, owned in units.items()}
+    asked = next(shares for keep, shares in tried if np.array_equal(keep, kept.keep))
+    return {part: round(_gone(pruner, part, share), 9) for part, share in asked.items()}
+
+
+def _gone(pruner: GroupNormPruner, part: Part, share: float) -> float:
+    """Say what goes, not what is asked: a share at the edge of rounding would tip over in YAML.
+
+    The part alone is cut for it, since the dims of a head that goes are not dims that its share has taken.
+    """
+    keep = cut_parts(pruner, {part: share}).keep
+    return 1 - float(keep[pruner.groups()[part.groups[0]].units].mean())
 
 
 def options_of(shares: Mapping[Part, float]) -> dict[str, dict[str, float]]:

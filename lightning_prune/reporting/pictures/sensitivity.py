@@ -47,7 +47,7 @@ def sensitivity_figure(
         )
         if chosen and name in chosen:
             each.axvline(chosen[name], color=COLOURS["vermilion"], linewidth=1.0, linestyle=":")
-        each.set_title(short)
+        each.set_title(short, fontsize=7)
         plain_axes(each)
         each.tick_params(labelbottom=place + COLUMNS >= len(curves))  # the lowest of its column
     for empty in axes.flat[len(curves) :]:
