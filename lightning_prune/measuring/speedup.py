@@ -27,7 +27,7 @@ __all__ = [
 
 MULTIPLE = 8  # widths that vector units and tensor cores like
 MOVES = 8  # multiply-accumulates per number read or written, under which memory sets the pace
-NOTABLE = 0.02  # share of the dense time that a layer must have lost to be named
+NOTABLE = 0.02  # share of the dense time that a layer must have lost to be named, and of the work of one
 MOST = 5  # layers that are named
 
 Verdict = Literal["as promised", "short", "slower"]
@@ -58,11 +58,6 @@ class LayerTime:
     widths: tuple[int, ...] = ()
     moved: int = 0
     has_layers: bool = False
-
-    @property
-    def is_layer(self) -> bool:
-        """Whether it does work of its own that a name stands for; else it only calls its children."""
-        return not self.has_layers or self.dense_macs > 0
 
 
 @dataclass(frozen=True)
@@ -126,9 +121,12 @@ def judge_speedup(time: float, macs: float, layers: Sequence[LayerTime] = ()) ->
     if bare.verdict == "as promised":
         return bare
     notable = NOTABLE * sum(layer.dense_ms for layer in layers)
-    faults = [Fault(each, _lost(each, macs), _reason(each)) for each in layers if each.is_layer]
+    work = NOTABLE * sum(layer.dense_macs for layer in layers)
+    # What does next to nothing of its own only calls its layers: its name would blame them.
+    workers = [each for each in layers if not each.has_layers or each.dense_macs > work]
+    faults = [Fault(each, _lost(each, macs), _reason(each)) for each in workers]
     named = sorted((f for f in faults if f.lost_ms > notable), key=lambda f: -f.lost_ms)
-    rest = [each for each in layers if not each.is_layer]
+    rest = [each for each in layers if each not in workers]
     lost = sum(_lost(each, macs) for each in rest)
     between = (sum(each.pruned_ms for each in rest), lost) if lost > notable else (0.0, 0.0)
     return Speedup(time, macs, tuple(named[:MOST]), between)
