@@ -260,6 +260,11 @@ def test_ctrl_c_is_one_line_and_keeps_the_last_checkpoint(command, tmp_path):
     assert torch.load(last, weights_only=True)["epoch"] == 0
 
 
+def test_ctrl_c_behind_the_last_line_says_nothing(command):
+    assert command("plan", *SMALL).code == 0
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
 def test_ctrl_c_in_a_sweep_ends_all_of_it_and_keeps_the_run_in_hand(command, tmp_path):
     stop = f"+callbacks.stop._target_={__name__}.StopInSecondEpoch"
     words = [*SMALL, stop, "dense_twin=false", "hydra.sweep.dir=sweep"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -19,7 +20,9 @@ def main() -> None:
     first, *rest = sys.argv[1:] or [""]
     is_command = bool(first) and first[0] not in "-+~" and "=" not in first
     name, words = (first, rest) if is_command else (DEFAULT, sys.argv[1:])
-    sys.exit(answer(lambda: _call(name, words)))
+    code = answer(lambda: _call(name, words))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said; a Ctrl-C now would only disturb the exit
+    sys.exit(code)
 
 
 def _call(name: str, words: Sequence[str]) -> None:
