@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["comparison_cells", "print_comparison", "write_comparison"]
 
-HEAD = ("run", "metric", "dense", "pruned", "parameters left", "MACs left", "latency, ms (IQR)", "speed-up")
+HEAD = ("run", "metric", "dense", "pruned", "params left", "MACs left", "latency, ms (IQR)", "speed-up")
 TITLE = "Comparison of prunes"
 
 

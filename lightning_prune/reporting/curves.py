@@ -11,7 +11,7 @@ from lightning_prune.reporting.wording import figure, percent
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["curve_cells", "print_curves"]
+__all__ = ["curve_cells", "layer_of", "print_curves"]
 
 Curves = Mapping[str, Mapping[float, float]]
 
@@ -30,19 +30,30 @@ def curve_cells(
     >>> head
     ('part', '25%', '50%')
     >>> lines
-    [('stem.weight:0', '', '91.00%'), ('fc.weight:0', '90.00%', '')]
+    [('stem', '', '91.00%'), ('fc', '90.00%', '')]
     """
     ratios = sorted({ratio for curve in curves.values() for ratio in curve})
     head = ("part", *(f"{100 * ratio:.4g}%" for ratio in ratios))
-    lines = [
-        (name, *(figure(metric, curve[ratio]) if ratio in curve else "" for ratio in ratios))
-        for name, curve in curves.items()
+    short = [layer_of(name) for name in curves]
+    names = short if len(set(short)) == len(short) else list(curves)
+    values = [
+        tuple(figure(metric, curve[ratio]) if ratio in curve else "" for ratio in ratios)
+        for curve in curves.values()
     ]
     if chosen is None:
-        return head, lines
-    return (*head, "chosen"), [
-        (*line, percent(chosen[line[0]]) if line[0] in chosen else "") for line in lines
-    ]
+        return head, [(name, *line) for name, line in zip(names, values, strict=True)]
+    taken = [percent(chosen[name]) if name in chosen else "" for name in curves]
+    return (*head, "chosen"), [(n, *line, last) for n, line, last in zip(names, values, taken, strict=True)]
+
+
+def layer_of(part: str) -> str:
+    """Name a part by its layer.
+
+    >>> layer_of("a.qkv.weight:0/head_dim"), layer_of("position:2")
+    ('a.qkv head dim', 'position')
+    """
+    place, _, kind = part.partition("/")
+    return f"{place.partition(':')[0].removesuffix('.weight')} {kind.replace('_', ' ')}".strip()
 
 
 def print_curves(

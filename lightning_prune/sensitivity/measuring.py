@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_prune.errors import OptionError
 from lightning_prune.pruner import GroupNormPruner
+from lightning_prune.reporting.curves import layer_of
 from lightning_prune.reporting.waiting import with_bar
 from lightning_prune.sensitivity.curves import Sensitivity
 from lightning_prune.sensitivity.parts import Part, cut_parts, parts_of
@@ -85,7 +86,7 @@ def measure_sensitivity(
 
 def _described(point: tuple[Part, float]) -> str:
     part, ratio = point
-    return f"{part.name.partition('.weight:')[0]} less {ratio:.0%}"
+    return f"{layer_of(part.name)} less {ratio:.0%}"
 
 
 def _evaluated(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:

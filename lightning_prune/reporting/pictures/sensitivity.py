@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from math import ceil
 from typing import TYPE_CHECKING
 
+from lightning_prune.reporting.curves import layer_of
 from lightning_prune.reporting.pictures.channels import shorten
 from lightning_prune.reporting.pictures.style import COLOURS, GREY, WIDTH, plain_axes, styled
 
@@ -37,7 +38,7 @@ def sensitivity_figure(
     rows = max(1, ceil(len(curves) / COLUMNS))
     figure = Figure(figsize=(WIDTH, 1.45 * rows + 0.5), layout="constrained")
     axes = figure.subplots(rows, COLUMNS, sharex=True, sharey=True, squeeze=False)
-    names = shorten([_layer(name) for name in curves])
+    names = shorten([layer_of(name) for name in curves])
     for place, (name, short) in enumerate(zip(curves, names, strict=True)):
         each = axes[place // COLUMNS][place % COLUMNS]
         points = sorted({0.0: baseline, **curves[name]}.items())
@@ -73,9 +74,3 @@ def sensitivity_png(
             file, format="png", dpi=160
         )
     return file.getvalue()
-
-
-def _layer(part: str) -> str:
-    """Name a part by its layer: ``a.qkv.weight:0/head`` -> ``a.qkv head``."""
-    place, _, kind = part.partition("/")
-    return f"{place.partition(':')[0].removesuffix('.weight')} {kind.replace('_', ' ')}".strip()
