@@ -38,6 +38,7 @@ from lightning_prune.selection.settling import Settler
 from lightning_prune.surgery.applying import Snapshot, apply
 from lightning_prune.surgery.optimizers import Carrier
 from lightning_prune.surgery.structure import note, plan_of
+from lightning_prune.tracing.borrowing import Memory
 from lightning_prune.tracing.numbers import Numbers
 from lightning_prune.tracing.trace import trace
 from lightning_prune.tracing.tracer import Tracer
@@ -133,6 +134,7 @@ class GroupNormPruner(Questions):
         self._scorer = Scorer(model, self.options)
         self._regularizer: Regularizer | None = None
         check_custom(model, customized_pruners)
+        self._by_shapes = True
         super().__init__(Settler(model, self._trace))
         check_counts(self.analysis, self.options)
         self._follow()
@@ -365,7 +367,7 @@ class GroupNormPruner(Questions):
     # -- inside ------------------------------------------------------------------------------------
 
     def _trace(self, change: Callable[[nn.Module], None] | None, numbers: Numbers | None) -> Tracer:
-        return trace(
+        tracer = trace(
             self.model,
             self.example_inputs,
             forward_fn=self.options.forward_fn,
@@ -374,7 +376,10 @@ class GroupNormPruner(Questions):
             prepare=unwrapped(self.model, self.options.unwrapped_parameters),
             change=change,
             numbers=numbers,
+            by_shapes=self._by_shapes,
         )
+        self._by_shapes = tracer.borrowed.memory is Memory.SHAPES
+        return tracer
 
     def _follow(self) -> None:
         """Bring everything that speaks of groups up to the analysis of now."""

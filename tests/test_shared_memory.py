@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.graph.analysis import analyse
-from lightning_prune.tracing.borrowing import copy_for_tracing
+from lightning_prune.tracing.borrowing import Memory, copy_for_tracing
+from lightning_prune.tracing.trace import trace
 from lightning_prune.tracing.tracer import Tracer
 
 
@@ -91,7 +92,7 @@ def test_a_forward_that_only_reads_runs_on_the_memory_of_the_model() -> None:
     def look(_: Tracer, twin: nn.Module) -> None:
         seen.append(dict(twin.state_dict(keep_vars=True)))
 
-    analyse(model, torch.ones(2, 4), prepare=look)
+    trace(model, torch.ones(2, 4), prepare=look, by_shapes=False)
     assert len(seen) == 1
     own = model.state_dict(keep_vars=True)
     for name, tensor in seen[0].items():
@@ -104,7 +105,7 @@ def test_tied_parameters_and_dicts_are_tied_in_the_copy_too() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
     model[0].memory = model[1].memory = {}  # type: ignore[assignment]
-    twin = copy_for_tracing(model, share=True)
+    twin = copy_for_tracing(model, Memory.SHARED)
     assert twin[0].weight is twin[1].weight  # type: ignore[index]
     assert twin[0].memory is twin[1].memory is not model[0].memory  # type: ignore[index]
     assert twin[0]._forward_hooks is not twin[1]._forward_hooks  # type: ignore[index]
@@ -137,10 +138,10 @@ class Own(nn.Module):
         return twin
 
 
-@pytest.mark.parametrize("share", [True, False])
-def test_a_copy_holds_together_as_the_model_does(share: bool) -> None:
+@pytest.mark.parametrize("memory", Memory)
+def test_a_copy_holds_together_as_the_model_does(memory: Memory) -> None:
     model = Odd()
-    twin = copy_for_tracing(model, share=share)
+    twin = copy_for_tracing(model, memory)
     assert type(twin) is Odd
     assert twin is not model
     assert twin.again is twin.fc is twin.listed[0] is twin.mark.note[0]
@@ -148,7 +149,8 @@ def test_a_copy_holds_together_as_the_model_does(share: bool) -> None:
     assert twin.listed[1] is twin
     assert twin.sizes == (3, [4])
     assert twin.sizes[1] is not model.sizes[1]
-    assert (twin.fc.weight.data_ptr() == model.fc.weight.data_ptr()) == share
+    assert (twin.fc.weight.data_ptr() == model.fc.weight.data_ptr()) == (memory is Memory.SHARED)
+    assert twin.fc.weight.is_meta == (memory is Memory.SHAPES)
     assert twin.own.copies == 1
     assert list(twin.fc._forward_hooks.values()) == [print]
     twin.table.fill_(7.0)

@@ -1,4 +1,4 @@
-"""The traced copy reads the model's own parameters; a forward that writes there gets a copy of its own."""
+"""What the parameters of the traced copy are: shapes alone, the model's own memory, or a copy of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import copyreg
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from enum import Enum
 from functools import lru_cache
 from types import BuiltinFunctionType, FunctionType, NoneType
 from typing import Any
@@ -14,31 +15,48 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import TraceError
+from lightning_prune.tracing.meta import shape_of, written_by
 
-__all__ = ["Borrowed", "SharedWriteError", "copy_for_tracing", "written_by"]
+__all__ = ["Borrowed", "Memory", "SharedWriteError", "copy_for_tracing", "ways_to_trace"]
 
 # What gives the memory of a tensor to code that cannot be watched.
 _LEAVES_TORCH = frozenset(("numpy", "array", "data_ptr", "dlpack"))
 
 
+class Memory(Enum):
+    """What the parameters of a traced copy are."""
+
+    SHAPES = "no memory, on the meta device"
+    SHARED = "the memory of the user's model"
+    OWN = "a copy"
+
+
 class SharedWriteError(Exception):
-    """The forward would have written into the user's parameters."""
+    """The forward would have read values that are not there, or written into the user's parameters."""
 
 
 class Borrowed:
-    """Memory that the traced copy shares with the user's model.
+    """Watches over the memory that a traced copy does not have to itself.
 
     Args:
-        model: The user's; None if nothing is shared.
+        model: The user's.
+        memory: Of its parameters in the copy.
 
     Attributes:
-        was_written: Whether a write was tried, and refused. Whoever caught the error, the trace is then void.
+        is_void: Whether the trace says nothing, whoever caught the error: a write was tried and refused, or
+            there are only shapes and something failed.
     """
 
-    def __init__(self, model: nn.Module | None = None) -> None:
-        lent = [] if model is None else [p for p in model.parameters() if _can_be_lent(p)]
+    def __init__(self, model: nn.Module | None = None, memory: Memory = Memory.OWN) -> None:
+        is_shared = model is not None and memory is Memory.SHARED
+        lent = [p for p in model.parameters() if _can_be_lent(p)] if model is not None and is_shared else []
         self._storages = {p.untyped_storage()._cdata for p in lent}
-        self.was_written = False
+        self.memory = memory
+        self.is_void = False
+
+    def note_failure(self) -> None:
+        """Something failed. With values it is the model's own affair; without, they may be what was missing."""
+        self.is_void |= self.memory is Memory.SHAPES
 
     def watch_function(self, name: str, args: Iterable[Any]) -> None:
         """Refuse to hand shared memory to code outside torch.
@@ -64,37 +82,40 @@ class Borrowed:
             if isinstance(value, (list, tuple)):
                 self._refuse(value)
             elif isinstance(value, Tensor) and self._holds(value):
-                self.was_written = True
+                self.is_void = True
                 raise SharedWriteError
 
     def _holds(self, tensor: Tensor) -> bool:
+        if self.memory is Memory.SHAPES:
+            return tensor.is_meta
         return tensor.layout == torch.strided and tensor.untyped_storage()._cdata in self._storages
-
-
-@lru_cache(maxsize=4096)
-def written_by(func: Any) -> tuple[tuple[int, str], ...]:
-    """Number and name of every argument that an operation writes into."""
-    arguments = enumerate(func._schema.arguments)
-    return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
 def _can_be_lent(parameter: Any) -> bool:
     return type(parameter) is nn.Parameter and parameter.layout == torch.strided
 
 
-def copy_for_tracing(model: nn.Module, *, share: bool) -> nn.Module:
+def ways_to_trace(model: nn.Module, *, by_shapes: bool) -> tuple[Memory, ...]:
+    """What to try, the cheapest first. Shapes do where all parameters are floats of one device."""
+    parameters = list(model.parameters())
+    do = by_shapes and len({p.device for p in parameters}) == 1 and not parameters[0].is_meta
+    do = do and all(_can_be_lent(p) and p.is_floating_point() for p in parameters)
+    return (*((Memory.SHAPES,) if do else ()), Memory.SHARED, Memory.OWN)
+
+
+def copy_for_tracing(model: nn.Module, memory: Memory) -> nn.Module:
     """Deep copy in eval mode.
 
     Args:
         model: What is copied.
-        share: Whether the parameters of the copy lie in the same memory; they are tensors of their own.
+        memory: Of the parameters in the copy; they are tensors of their own.
 
     Raises:
         TraceError: If the model cannot be copied.
     """
     memo: dict[Any, Any] = {}
-    if share:
-        _lend(model, memo)
+    if memory is not Memory.OWN:
+        _lend(model, memory, memo)
     try:
         twin = _copied(model, memo)
     except Exception as error:
@@ -105,12 +126,13 @@ def copy_for_tracing(model: nn.Module, *, share: bool) -> nn.Module:
     return twin.eval()
 
 
-def _lend(model: nn.Module, memo: dict[Any, Any]) -> None:
-    """Put parameters over the same memory where deepcopy looks for what is copied already."""
+def _lend(model: nn.Module, memory: Memory, memo: dict[Any, Any]) -> None:
+    """Put parameters where deepcopy looks for what is copied already."""
     for module in model.modules():
         for value in (*vars(module).values(), *module._parameters.values()):
             if _can_be_lent(value):
-                memo[id(value)] = nn.Parameter(value.data, value.requires_grad)
+                data = value.data if memory is Memory.SHARED else shape_of(value)
+                memo[id(value)] = nn.Parameter(data, value.requires_grad)
 
 
 _ATOMS = frozenset((NoneType, bool, int, float, complex, str, bytes, type, FunctionType, BuiltinFunctionType))

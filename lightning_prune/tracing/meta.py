@@ -7,6 +7,7 @@ those of weights. So a network whose weights lie on the meta device is traced wi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.errors import TraceError
-from lightning_prune.tracing.borrowing import written_by
 
 __all__ = ["ADVICE", "floats_on_meta", "run_without_floats", "without_floats"]
 
@@ -31,6 +31,7 @@ _LOOKUPS = frozenset(
 # The values of these do not come from the tensor they are like.
 _LIKE = frozenset(("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"))
 # What weights are made by. Ranges and numbers written in the code are small, and are looked at.
+_PLAIN = (int, float, bool, str, torch.dtype, torch.layout, torch.memory_format)
 _BULK = frozenset(("empty", "empty_strided", "zeros", "ones", "full", "rand", "randn", "normal"))
 
 
@@ -84,12 +85,81 @@ def run_without_floats(func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     return without_floats(out)
 
 
+class Shapes:
+    """Run operations by ``run_without_floats``, and find each result only once.
+
+    What comes out of shapes depends on nothing but shapes, and the layers of a deep network are alike. Torch finds
+    many results in Python, which takes longer than the arithmetic of a small layer.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Any, tuple[Any, ...]] = {}
+
+    def __call__(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run one operation."""
+        key = _key((*args, *kwargs.values())) if _makes_tensors(func) else None
+        if key is None or not any(t.is_meta for t in _tensors((*args, *kwargs.values()))):
+            return run_without_floats(func, args, kwargs)
+        key = (func, *kwargs, *key)
+        known = self._known.get(key)
+        if known is None:
+            out = FORMS.get(_name(func), partial(run_without_floats, func))(args, kwargs)
+            made = (out,) if isinstance(out, Tensor) else out
+            self._known[key] = tuple((t.shape, t.stride(), t.dtype) for t in made)
+            return out
+        made = tuple([torch.empty_strided(*form, dtype=dtype, device=_META) for *form, dtype in known])
+        return made if len(func._schema.returns) > 1 else made[0]
+
+
+def _batch_norm(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """The output is like the input; beside it stand the statistics of a batch that was learnt from."""
+    learnt = args[0].shape[1:2] if args[5] else (0,)
+    return torch.empty_like(args[0], device=_META), *(torch.empty(learnt, device=_META) for _ in range(2))
+
+
+# Torch has no meta function for these, and does all of their arithmetic on shapes.
+FORMS = {"native_batch_norm": _batch_norm}
+
+
+def _key(values: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """All that a result can depend on; None if it could be something else."""
+    key: list[Any] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.ndim == 0 and not value.is_meta:
+                return None
+            key.append((value.shape, value.stride(), value.dtype))
+        elif type(value) in (list, tuple):
+            inner = _key(tuple(value))
+            if inner is None:
+                return None
+            key.append(inner)
+        elif value is None or type(value) in _PLAIN:
+            key.append((type(value), value))
+        else:
+            return None
+    return tuple(key)
+
+
+@lru_cache(maxsize=4096)
+def _makes_tensors(func: Any) -> bool:
+    """Whether an operation gives tensors with memory of their own, and does nothing else."""
+    returns = func._schema.returns
+    is_free = all(a.alias_info is None for a in (*func._schema.arguments, *returns))
+    return is_free and bool(returns) and all(str(r.type) == "Tensor" for r in returns) and _name(func) not in _LIKE
+
+
+def shape_of(tensor: Tensor) -> Tensor:
+    """Give a tensor of the same form without values."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=_META)
+
+
 def without_floats(value: Any) -> Any:
     """Give nested values with floats as shapes on the meta device; single numbers stay."""
     if isinstance(value, Tensor):
         if value.is_meta or _is_whole(value) or value.ndim == 0:
             return value
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=_META)
+        return shape_of(value)
     if isinstance(value, Mapping):
         return {k: without_floats(v) for k, v in value.items()}
     if type(value) in (list, tuple):
@@ -101,10 +171,17 @@ def _shaped(value: Any, is_lookup: bool) -> Any:
     if isinstance(value, Tensor):
         if value.is_meta or value.ndim == 0 or (is_lookup and _is_whole(value)):
             return value
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=_META)
+        return shape_of(value)
     if type(value) in (list, tuple):
         return type(value)(_shaped(v, is_lookup) for v in value)
     return _META if isinstance(value, torch.device) else value
+
+
+@lru_cache(maxsize=4096)
+def written_by(func: Any) -> tuple[tuple[int, str], ...]:
+    """Number and name of every argument that an operation writes into."""
+    arguments = enumerate(func._schema.arguments)
+    return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
 def _refuse_writing(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -131,5 +208,6 @@ def _tensors(values: Any) -> list[Tensor]:
     return found
 
 
+@lru_cache(maxsize=4096)
 def _name(func: Any) -> str:
     return str(func._schema.name.removeprefix("aten::"))

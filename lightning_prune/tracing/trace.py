@@ -26,7 +26,13 @@ from lightning_prune.tracing import (
     sizes,
     windows,
 )
-from lightning_prune.tracing.borrowing import Borrowed, SharedWriteError, copy_for_tracing
+from lightning_prune.tracing.borrowing import (
+    Borrowed,
+    Memory,
+    SharedWriteError,
+    copy_for_tracing,
+    ways_to_trace,
+)
 from lightning_prune.tracing.labels import Site
 from lightning_prune.tracing.layers import replace_layers
 from lightning_prune.tracing.meta import ADVICE as META_ADVICE
@@ -70,8 +76,12 @@ def trace(
     prepare: Callable[[Tracer, nn.Module], None] | None = None,
     change: Callable[[nn.Module], None] | None = None,
     numbers: Numbers | None = None,
+    by_shapes: bool = True,
 ) -> Tracer:
     """Run a copy of ``model`` once in eval mode and follow its channels.
+
+    Its floats are mere shapes first, which takes neither the time of the arithmetic nor the memory. Where that fails,
+    since Python asked for a value or an operation cannot do without, it is run with values.
 
     Args:
         model: Any module; it is not touched.
@@ -82,6 +92,7 @@ def trace(
         prepare: Called with the tracer and the labelled copy before it runs.
         change: Called with the copy first of all: to cut it, for instance.
         numbers: Record of what the run computes with, and what it is held against.
+        by_shapes: False where it is known that values are needed.
 
     Raises:
         TraceError: If the model has lazy parameters, cannot be copied, or fails on the inputs.
@@ -95,13 +106,22 @@ def trace(
         prepare,
         change,
     )
-    tracer = _trace(model, *given, numbers or Numbers(), share=True)
-    return (
-        _trace(model, *given, tracer.numbers.anew(), share=False) if tracer.borrowed.was_written else tracer
-    )
+    numbers = numbers or Numbers()
+    for memory in ways_to_trace(model, by_shapes=by_shapes):
+        tracer = Tracer(Borrowed(model, memory), numbers.anew())
+        try:
+            _trace(tracer, model, *given)
+        except Exception:
+            if memory is not Memory.SHAPES:
+                raise
+            continue
+        if not tracer.borrowed.is_void:
+            break
+    return tracer
 
 
 def _trace(
+    tracer: Tracer,
     model: nn.Module,
     example_inputs: Any,
     forward_fn: Callable[..., Any] | None,
@@ -109,17 +129,15 @@ def _trace(
     custom: Any,
     prepare: Callable[[Tracer, nn.Module], None] | None,
     change: Callable[[nn.Module], None] | None,
-    numbers: Numbers,
-    *,
-    share: bool,
-) -> Tracer:
-    """Trace a copy whose parameters lie in the model's own memory, or, if it writes into them, in its own."""
-    twin = copy_for_tracing(model, share=share)
+) -> None:
+    """Trace a copy whose parameters are what the tracer says."""
+    twin = copy_for_tracing(model, tracer.borrowed.memory)
     if change is not None:
         change(twin)
-    tracer = Tracer(Borrowed(model if share else None), numbers)
     tracer.has_no_floats = any(p.is_meta for p in twin.parameters())
-    if tracer.has_no_floats and forward_fn is None:
+    if tracer.borrowed.memory is Memory.SHAPES:
+        tracer.device = next(model.parameters()).device
+    elif tracer.has_no_floats and forward_fn is None:
         example_inputs = without_floats(example_inputs)
     label_tensors(tracer, twin)
     replace_layers(tracer, twin, custom)
@@ -135,7 +153,6 @@ def _trace(
             with suppress(TraceError):
                 _freeze_outputs(tracer, pick(_run(tracer, twin.train(), _own(example_inputs), forward_fn)))
     _settle_parameters(tracer)
-    return tracer
 
 
 def _own(example_inputs: Any) -> Any:
@@ -175,7 +192,7 @@ def _run(tracer: Tracer, twin: nn.Module, example_inputs: Any, forward_fn: Calla
     except (PruneError, SharedWriteError):
         raise
     except Exception as error:
-        if tracer.borrowed.was_written:  # the model met the refusal and made it an error of its own
+        if tracer.borrowed.is_void:  # the model met the refusal and made it an error of its own
             raise SharedWriteError from error
         raise TraceError(
             f"The model was to be run once on the example inputs, but {tracer.modules[-1] or 'it'} failed in "

@@ -20,12 +20,14 @@ from lightning_prune.surgery.numbers import computes, name_of
 from lightning_prune.tracing.borrowing import Borrowed
 from lightning_prune.tracing.integers import Condition, Equation, Expr, Recorder, Size, mentions
 from lightning_prune.tracing.labels import Ints, Label, Ledger, Site, Tags, opaque
-from lightning_prune.tracing.meta import run_without_floats
+from lightning_prune.tracing.meta import Shapes
 from lightning_prune.tracing.numbers import Numbers, are_pieces, gives_data, is_read
 
 TAGS = "_lightning_prune_tags"
 _TORCH = str(Path(torch.__file__).parent)
-SIZES = (vars(torch._C.TensorBase)["shape"].__get__, Tensor.size)  # reading a size does nothing
+_TENSOR = vars(torch._C.TensorBase)
+SIZES = (_TENSOR["shape"].__get__, Tensor.size)  # reading a size does nothing
+_PLACES = {_TENSOR[name].__get__: name for name in ("device", "is_cpu", "is_cuda", "is_meta", "is_mps", "is_xpu")}
 _HERE = str(Path(__file__).parent.parent)
 _NETWORKS = str(Path(__file__).parent.parent / "models")  # those of the demo are models like any other
 
@@ -93,6 +95,7 @@ class Tracer:
         self.op = ""
         self.borrowed = borrowed or Borrowed()
         self.has_no_floats = False
+        self.device: torch.device | None = None  # what floats without values say that they are on
         self.recorder = Recorder(self._on_value, self._on_equal, self._on_answer)
         self._site: Site | None = None
         self._lines: dict[tuple[CodeType, int], str] = {}
@@ -257,11 +260,17 @@ class Functions(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        try:
+            return self._follow(func, args, kwargs or {})
+        except Exception:
+            self.tracer.borrowed.note_failure()
+            raise
+
+    def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tracer = self.tracer
         if tracer.paused:  # a layer with a rule of the user's: its sizes are not followed, its numbers are
             args, kwargs = tracer.numbers.meet(func, args, kwargs, plain_sizes=True)
-            return func(*args, **kwargs)
+            return self._run(func, args, kwargs)
         tracer.begin(getattr(func, "__name__", str(func)))
         tracer.borrowed.watch_function(tracer.op.strip("_"), args)
         if func not in SIZES:
@@ -270,13 +279,20 @@ class Functions(TorchFunctionMode):
         if rule is not None:
             out = rule(tracer, func, *args, **kwargs)
         else:
-            out = func(*args, **kwargs)
+            out = self._run(func, args, kwargs)
             self._pin_sizes(func, args, kwargs)
         if func not in SIZES and is_read(out):
             tracer.numbers.read(tracer.op, out)
         elif are_pieces(out):
             tracer.numbers.give(tracer.op, len(out))
         return out
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Floats without values say that they are where the model is, so that its code goes the same way."""
+        device = self.tracer.device
+        if device is not None and func in _PLACES and args[0].is_meta:
+            return getattr(torch.empty(0, device=device), _PLACES[func])
+        return func(*args, **kwargs)
 
     def _pin_sizes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A function without a rule was given a size, and not as a number to compute with."""
@@ -305,14 +321,14 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.tracer = tracer
         self.follow = follow
+        self.run = Shapes() if tracer.has_no_floats else _run
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         self.tracer.borrowed.watch_operation(func, args, kwargs)
-        run = run_without_floats if self.tracer.has_no_floats else _run
-        out = run(func, args, kwargs)
+        out = self.run(func, args, kwargs)
         if not self.tracer.paused:
             self.tracer.begin(_name(func))
             self.follow(self.tracer, func, args, kwargs, out)
