@@ -22,7 +22,7 @@ from lightning_prune.scores.evidence import Collector, Reduce
 from lightning_prune.scores.regularizer import Regularizer
 from lightning_prune.scores.scoring import Scorer
 from lightning_prune.selection.census import Census
-from lightning_prune.selection.choosing import Choice, Chooser, kept_units
+from lightning_prune.selection.choosing import Choice, Chooser
 from lightning_prune.selection.forecast import Forecast, foresee
 from lightning_prune.selection.questions import Questions
 from lightning_prune.selection.requests import (
@@ -35,7 +35,7 @@ from lightning_prune.selection.requests import (
 )
 from lightning_prune.selection.schedules import resolve
 from lightning_prune.selection.settling import Settler
-from lightning_prune.surgery.applying import Snapshot, apply
+from lightning_prune.surgery.applying import apply
 from lightning_prune.surgery.optimizers import Carrier
 from lightning_prune.surgery.structure import note, plan_of
 from lightning_prune.tracing.borrowing import Memory
@@ -198,15 +198,14 @@ class GroupNormPruner(Questions):
             plan = trial.plan
             kept = (plan_of(self.model) or self.plan).then(plan)
             carrier = Carrier.of(optimizers, self.model, plan)
-            snapshot = Snapshot.across(self.model, plan)
-            apply(self.model, plan)
+            snapshot = apply(self.model, plan)
             try:
                 carrier.commit()
             except BaseException:  # Ctrl-C too must give the old model back
                 snapshot.restore()
                 raise
             self.collector.follow(plan)
-            self._census.forget_heads(before, kept_units(before, plan))
+            self._census.forget_heads(before, trial.keep)
             self.plan = self.plan.then(plan)
             note(self.model, kept)
             self._settler.adopt(trial.after)

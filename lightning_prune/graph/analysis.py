@@ -77,7 +77,5 @@ def analyse(
 
 def solved(model: nn.Module, tracer: Tracer) -> Analysis:
     """What a trace says of a model; its names are read, not its shapes."""
-    parameters = [name for name, _ in model.named_parameters()]
-    buffers = [name for name, _ in model.named_buffers()]
-    graph = build_graph(tracer, [*parameters, *buffers], frozenset(buffers))
+    graph = build_graph(tracer, tuple(tracer.leaves), frozenset(tracer.buffers))
     return Analysis(model, graph, Constraints(graph))

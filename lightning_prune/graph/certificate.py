@@ -15,6 +15,7 @@ from lightning_prune.graph.analysis import Analysis, solved
 from lightning_prune.graph.configs import config_doubts
 from lightning_prune.graph.groups import Place
 from lightning_prune.graph.keeping import KIND, patches_for, unkept
+from lightning_prune.graph.planning import kept_units
 from lightning_prune.plan import Patch, Plan
 from lightning_prune.surgery.applying import apply, mask
 from lightning_prune.surgery.patches import check_patch, installed_patches, remove_patches
@@ -48,10 +49,18 @@ class UnkeptError(CertificateError):
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """A plan with the patches that it needs, the analysis of what it leaves, and what is to be said."""
+    """A plan with the patches that it needs, the analysis of what it leaves, and what is to be said.
+
+    Args:
+        plan: The plan.
+        after: Analysis of what it leaves.
+        keep: [n_units] units of the original that stay.
+        notes: One text each.
+    """
 
     plan: Plan
     after: Analysis
+    keep: Bools
     notes: tuple[str, ...]
 
 
@@ -89,7 +98,8 @@ def try_out(before: Analysis, plan: Plan, retrace: Retrace) -> Trial:
     )
     notes += config_doubts(before.model, frozenset(p.module for p in patches if p.values))
     others = tuple(p for p in plan.patches if p.kind != KIND)
-    return Trial(replace(plan, patches=others + patches), solved(before.model, tracer), notes)
+    keep = kept_units(before.graph, plan)
+    return Trial(replace(plan, patches=others + patches), solved(before.model, tracer), keep, notes)
 
 
 def _settled(before: Analysis, plan: Plan, numbers: Numbers) -> tuple[Patch, ...]:

@@ -137,3 +137,21 @@ def predicted_parameters(model: nn.Module, graph: Graph, alive: Bools) -> int:
         sizes = kept.get(name, {})
         total += int(np.prod([sizes.get(d, n) for d, n in enumerate(p.shape)], dtype=np.int64))
     return total
+
+
+def kept_units(graph: Graph, plan: Plan) -> Bools:
+    """[n_units] True for units of which a plan keeps something in every member."""
+    lives: dict[tuple[str, int], Bools] = {}
+    for cut in plan.cuts:
+        table = lives[cut.tensor, cut.dim] = np.zeros((cut.rows, cut.size), bool)
+        table[np.arange(cut.rows)[:, None], cut.table] = True
+    keep = np.ones(graph.n_units, bool)
+    for group in graph.groups:
+        for m in group.members:
+            left = lives.get((m.tensor, m.dim))
+            if left is not None:
+                stays = np.broadcast_to(left, (m.rows, m.size)).ravel()[m.index]
+                any_left = np.zeros(group.n_units, bool)
+                any_left[m.unit[stays]] = True
+                keep[group.units] &= any_left
+    return keep

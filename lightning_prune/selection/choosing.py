@@ -13,7 +13,6 @@ from lightning_prune.errors import BudgetError
 from lightning_prune.graph.analysis import Analysis
 from lightning_prune.graph.groups import Group
 from lightning_prune.options import PruningOptions
-from lightning_prune.plan import Plan
 from lightning_prune.selection.requests import Targets, demand
 from lightning_prune.selection.selecting import select
 
@@ -207,21 +206,3 @@ def meet_budget(
             break
         a, b = (middle, b) if found > wanted else (a, middle)
     return best
-
-
-def kept_units(analysis: Analysis, plan: Plan) -> Bools:
-    """[n_units] True for units of which a plan keeps something in every member."""
-    lives: dict[tuple[str, int], Bools] = {}
-    for cut in plan.cuts:
-        table = lives[cut.tensor, cut.dim] = np.zeros((cut.rows, cut.size), bool)
-        table[np.arange(cut.rows)[:, None], cut.table] = True
-    keep = np.ones(analysis.graph.n_units, bool)
-    for group in analysis.groups:
-        for m in group.members:
-            left = lives.get((m.tensor, m.dim))
-            if left is not None:
-                stays = np.broadcast_to(left, (m.rows, m.size)).ravel()[m.index]
-                any_left = np.zeros(group.n_units, bool)
-                any_left[m.unit[stays]] = True
-                keep[group.units] &= any_left
-    return keep

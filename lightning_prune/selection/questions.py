@@ -9,8 +9,8 @@ from lightning_prune.graph.analysis import Analysis
 from lightning_prune.graph.couplings import Coupling, couplings
 from lightning_prune.graph.explaining import Frozen, explain, list_frozen
 from lightning_prune.graph.groups import Group
+from lightning_prune.graph.planning import kept_units
 from lightning_prune.plan import Plan
-from lightning_prune.selection.choosing import kept_units
 from lightning_prune.selection.settling import Settler
 
 __all__ = ["Questions"]
@@ -44,7 +44,7 @@ class Questions:
 
     def kept_units(self, plan: Plan) -> tuple[Bools, ...]:
         """Tell per group which units a plan for the model as it is keeps, [n_units] each."""
-        keep = kept_units(self.analysis, plan)
+        keep = kept_units(self.analysis.graph, plan)
         return tuple(keep[group.units] for group in self.groups())
 
     def couplings(self, group: Group) -> tuple[Coupling, ...]:

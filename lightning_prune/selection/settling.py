@@ -13,7 +13,7 @@ from lightning_prune.errors import StaleGraphError
 from lightning_prune.graph.analysis import Analysis, solved
 from lightning_prune.graph.certificate import Trial, UnkeptError, certify, try_out
 from lightning_prune.plan import Plan
-from lightning_prune.selection.choosing import Choice, bound_by, kept_units
+from lightning_prune.selection.choosing import Choice, bound_by
 from lightning_prune.tracing.numbers import Numbers
 from lightning_prune.tracing.tracer import Tracer
 
@@ -114,7 +114,7 @@ class Settler:
         """
         if self._trial is None or self._trial.plan != plan:
             trial = try_out(self.analysis, plan, self._trace)
-            certify(self.analysis, trial.after, kept_units(self.analysis, plan), plan)
+            certify(self.analysis, trial.after, trial.keep, plan)
             self._trial = trial
         return self._trial
 

@@ -22,7 +22,7 @@ from lightning_prune.surgery.scratch import Scratch
 __all__ = ["Snapshot", "apply", "cut_tensor", "mask", "set_tensor_data", "validate"]
 
 
-def apply(model: nn.Module, plan: Plan, *, on_meta: bool = False) -> None:
+def apply(model: nn.Module, plan: Plan, *, on_meta: bool = False) -> Snapshot:
     """Cut a model in place, as the plan says. Needs no example inputs.
 
     Every parameter and buffer stays the same Python object, tied ones are cut once, gradients are cut along.
@@ -34,13 +34,16 @@ def apply(model: nn.Module, plan: Plan, *, on_meta: bool = False) -> None:
         plan: What is kept; an empty plan changes nothing.
         on_meta: Whether a model without values, on the meta device, may be cut to see its shapes.
 
+    Returns:
+        What gives the old model back, and holds its memory until then.
+
     Raises:
         PlanError: If any part of the plan does not fit. Nothing was cut.
 
     >>> from lightning_prune.plan import Cut
     >>> net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     >>> places = ("0.weight", 0), ("0.bias", 0), ("1.weight", 1)
-    >>> apply(net, Plan(cuts=tuple(Cut(tensor, dim, 4, (0, 2)) for tensor, dim in places)))
+    >>> before = apply(net, Plan(cuts=tuple(Cut(tensor, dim, 4, (0, 2)) for tensor, dim in places)))
     >>> tuple(net(torch.ones(5, 3)).shape), tuple(net[1].weight.shape)
     ((5, 2), (2, 2))
     """
@@ -61,6 +64,7 @@ def apply(model: nn.Module, plan: Plan, *, on_meta: bool = False) -> None:
         snapshot.restore()
         raise
     _repack_recurrent(model, targets)
+    return snapshot
 
 
 def mask(model: nn.Module, plan: Plan) -> None:
@@ -90,7 +94,7 @@ class Snapshot:
     >>> from lightning_prune.plan import Cut
     >>> layer, plan = nn.Linear(3, 4), Plan(cuts=(Cut("weight", 0, 4, (0, 2)), Cut("bias", 0, 4, (0, 2))))
     >>> snapshot = Snapshot.of(layer, plan)
-    >>> apply(layer, plan)
+    >>> _ = apply(layer, plan)
     >>> snapshot.restore()
     >>> tuple(layer.weight.shape)
     (4, 3)

@@ -33,6 +33,8 @@ def cut_tensor(tensor: Tensor, cuts: Iterable[Cut], scratch: Scratch | None = No
     >>> cut_tensor(weight, [Cut("w", 1, 2, (1, 0), rows=2)]).tolist()
     [[1], [3], [4], [6]]
     """
+    if tensor.is_meta:
+        return _cut_shape(tensor, cuts)
     out = tensor.detach()
     ordered = sorted(cuts, key=lambda c: (c.rows == 1, c.dim))
     for number, cut in enumerate(ordered):
@@ -45,6 +47,13 @@ def cut_tensor(tensor: Tensor, cuts: Iterable[Cut], scratch: Scratch | None = No
                 room = scratch.room((*out.shape[: cut.dim], cut.kept, *out.shape[cut.dim + 1 :]), out)
             out = torch.index_select(out, cut.dim, keep, out=room)
     return out if tensor.layout != torch.strided else _laid_out_like(out, tensor)
+
+
+def _cut_shape(tensor: Tensor, cuts: Iterable[Cut]) -> Tensor:
+    shape = list(tensor.shape)
+    for cut in cuts:
+        shape[cut.dim] = cut.kept
+    return _laid_out_like(torch.empty(shape, dtype=tensor.dtype, device="meta"), tensor)
 
 
 def mask_tensor(tensor: Tensor, cuts: Iterable[Cut]) -> Tensor:

@@ -55,7 +55,7 @@ class Borrowed:
         self.is_void = False
 
     def note_failure(self) -> None:
-        """Something failed. With values it is the model's own affair; without, they may be what was missing."""
+        """Something failed. It is the model's own affair, unless values are what was missing."""
         self.is_void |= self.memory is Memory.SHAPES
 
     def watch_function(self, name: str, args: Iterable[Any]) -> None:

@@ -7,7 +7,7 @@ those of weights. So a network whose weights lie on the meta device is traced wi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -88,33 +88,40 @@ def run_without_floats(func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
 class Shapes:
     """Run operations by ``run_without_floats``, and find each result only once.
 
-    What comes out of shapes depends on nothing but shapes, and the layers of a deep network are alike. Torch finds
-    many results in Python, which takes longer than the arithmetic of a small layer.
+    What comes out of shapes depends on nothing but shapes, and the layers of a deep network are alike. Torch
+    finds many results in Python, which takes longer than the arithmetic of a small layer.
     """
 
     def __init__(self) -> None:
         self._known: dict[Any, tuple[Any, ...]] = {}
 
-    def __call__(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run one operation."""
+        if _only_writes(func) and args[0].is_meta:
+            return args[0]
         key = _key((*args, *kwargs.values())) if _makes_tensors(func) else None
         if key is None or not any(t.is_meta for t in _tensors((*args, *kwargs.values()))):
             return run_without_floats(func, args, kwargs)
         key = (func, *kwargs, *key)
         known = self._known.get(key)
         if known is None:
-            out = FORMS.get(_name(func), partial(run_without_floats, func))(args, kwargs)
-            made = (out,) if isinstance(out, Tensor) else out
-            self._known[key] = tuple((t.shape, t.stride(), t.dtype) for t in made)
+            form = FORMS.get(_name(func))
+            out = run_without_floats(func, args, kwargs) if form is None else form(args, kwargs)
+            self._known[key] = tuple(map(_form, (out,) if isinstance(out, Tensor) else out))
             return out
-        made = tuple([torch.empty_strided(*form, dtype=dtype, device=_META) for *form, dtype in known])
-        return made if len(func._schema.returns) > 1 else made[0]
+        made = tuple([torch.empty_strided(*sizes, dtype=dtype, device=_META) for *sizes, dtype in known])
+        return made if len(made) > 1 else made[0]
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _batch_norm(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """The output is like the input; beside it stand the statistics of a batch that was learnt from."""
     learnt = args[0].shape[1:2] if args[5] else (0,)
-    return torch.empty_like(args[0], device=_META), *(torch.empty(learnt, device=_META) for _ in range(2))
+    statistics = torch.empty(learnt, device=_META), torch.empty(learnt, device=_META)
+    return torch.empty_like(args[0], device=_META), *statistics
 
 
 # Torch has no meta function for these, and does all of their arithmetic on shapes.
@@ -128,7 +135,7 @@ def _key(values: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if isinstance(value, Tensor):
             if value.ndim == 0 and not value.is_meta:
                 return None
-            key.append((value.shape, value.stride(), value.dtype))
+            key.append(_form(value))
         elif type(value) in (list, tuple):
             inner = _key(tuple(value))
             if inner is None:
@@ -142,11 +149,22 @@ def _key(values: tuple[Any, ...]) -> tuple[Any, ...] | None:
 
 
 @lru_cache(maxsize=4096)
+def _only_writes(func: Any) -> bool:
+    """Whether an operation on one tensor writes numbers into it, and leaves its shape alone."""
+    kinds, name = [str(a.type) for a in func._schema.arguments], _name(func)
+    is_alone = kinds[:1] == ["Tensor"] and not any("Tensor" in kind for kind in kinds[1:])
+    keeps_its_shape = torch.Tag.inplace_view not in func.tags and not name.startswith("_")
+    return is_alone and keeps_its_shape and name.endswith("_") and [i for i, _ in written_by(func)] == [0]
+
+
+@lru_cache(maxsize=4096)
 def _makes_tensors(func: Any) -> bool:
-    """Whether an operation gives tensors with memory of their own, and does nothing else."""
+    """Whether an operation gives tensors with memory of their own, of shapes that follow from shapes."""
     returns = func._schema.returns
     is_free = all(a.alias_info is None for a in (*func._schema.arguments, *returns))
-    return is_free and bool(returns) and all(str(r.type) == "Tensor" for r in returns) and _name(func) not in _LIKE
+    gives_tensors = bool(returns) and all(str(r.type) == "Tensor" for r in returns)
+    follows = torch.Tag.dynamic_output_shape not in func.tags and _name(func) not in _LIKE
+    return is_free and gives_tensors and follows
 
 
 def shape_of(tensor: Tensor) -> Tensor:

@@ -80,8 +80,8 @@ def trace(
 ) -> Tracer:
     """Run a copy of ``model`` once in eval mode and follow its channels.
 
-    Its floats are mere shapes first, which takes neither the time of the arithmetic nor the memory. Where that fails,
-    since Python asked for a value or an operation cannot do without, it is run with values.
+    Its floats are mere shapes first, which takes neither the time of the arithmetic nor the memory. Where
+    that fails, since Python asked for a value or an operation cannot do without, it is run with values.
 
     Args:
         model: Any module; it is not touched.
@@ -136,7 +136,7 @@ def _trace(
         change(twin)
     tracer.has_no_floats = any(p.is_meta for p in twin.parameters())
     if tracer.borrowed.memory is Memory.SHAPES:
-        tracer.device = next(model.parameters()).device
+        tracer.stand_in = torch.empty(0, device=next(model.parameters()).device)
     elif tracer.has_no_floats and forward_fn is None:
         example_inputs = without_floats(example_inputs)
     label_tensors(tracer, twin)

@@ -27,7 +27,13 @@ TAGS = "_lightning_prune_tags"
 _TORCH = str(Path(torch.__file__).parent)
 _TENSOR = vars(torch._C.TensorBase)
 SIZES = (_TENSOR["shape"].__get__, Tensor.size)  # reading a size does nothing
-_PLACES = {_TENSOR[name].__get__: name for name in ("device", "is_cpu", "is_cuda", "is_meta", "is_mps", "is_xpu")}
+_PLACES = frozenset(
+    (
+        *(_TENSOR[name].__get__ for name in ("device", "is_cpu", "is_cuda", "is_meta", "is_mps", "is_xpu")),
+        Tensor.get_device,
+        torch.get_device,
+    )
+)
 _HERE = str(Path(__file__).parent.parent)
 _NETWORKS = str(Path(__file__).parent.parent / "models")  # those of the demo are models like any other
 
@@ -95,7 +101,7 @@ class Tracer:
         self.op = ""
         self.borrowed = borrowed or Borrowed()
         self.has_no_floats = False
-        self.device: torch.device | None = None  # what floats without values say that they are on
+        self.stand_in: Tensor | None = None  # asked in the place of floats without values where they are
         self.recorder = Recorder(self._on_value, self._on_equal, self._on_answer)
         self._site: Site | None = None
         self._lines: dict[tuple[CodeType, int], str] = {}
@@ -289,9 +295,8 @@ class Functions(TorchFunctionMode):
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Floats without values say that they are where the model is, so that its code goes the same way."""
-        device = self.tracer.device
-        if device is not None and func in _PLACES and args[0].is_meta:
-            return getattr(torch.empty(0, device=device), _PLACES[func])
+        if func in _PLACES and self.tracer.stand_in is not None and args[0].is_meta:
+            return func(self.tracer.stand_in)
         return func(*args, **kwargs)
 
     def _pin_sizes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

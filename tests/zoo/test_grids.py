@@ -16,7 +16,7 @@ from zoo.catalogue import CASES
 from lightning_prune import GroupNormPruner
 from lightning_prune.graph.analysis import analyse
 from lightning_prune.graph.groups import Grid, Group
-from lightning_prune.selection.choosing import kept_units
+from lightning_prune.graph.planning import kept_units
 
 NAMES = (
     "timm/beit",
@@ -88,7 +88,7 @@ def test_counts_are_as_near_to_what_is_asked_as_can_be(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         plan = GroupNormPruner(model, inputs, pruning_ratio=0.5).step(dry_run=True)
-    keep = kept_units(analysis, plan)
+    keep = kept_units(analysis.graph, plan)
     groups = [g for g in analysis.groups if g.kind != "head"]
     grids = analysis.constraints.cell_grids(np.ones(len(analysis.graph.unit_of), bool))
     asked = [g.n_units - g.n_units // 2 for g in groups]
