@@ -192,6 +192,33 @@ def test_a_second_fit_goes_on_with_the_pruned_network_and_cuts_no_further():
     assert model.net.conv.out_channels == CHANNELS // 2
 
 
+class Wide(NoForward):
+    def __init__(self):
+        super().__init__()
+        self.net.conv, self.net.bn = nn.Conv2d(3, 24, 3, bias=False), nn.BatchNorm2d(24)
+        self.net.fc = nn.Linear(24, 2)
+
+
+@pytest.mark.parametrize("distillation", [None, {}], ids=["alone", "taught"])
+def test_a_callback_that_pruned_another_network_is_as_good_as_new(distillation):
+    def run(callback):
+        model = build(Wide)
+        trainer = fit(model, callback)
+        ours = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("prune/")}
+        return model.state_dict(), ours, callback.steps_done
+
+    def new():
+        return Quiet(0.5, start_epoch=1, module="net", distillation=distillation)
+
+    used = new()
+    fit(build(NoForward), used)
+    expected, metrics, steps = run(new())
+    state, found, done = run(used)
+    assert state["net.conv.weight"].shape[0] == 12
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
+    assert (found, done) == (metrics, steps)
+
+
 def test_the_callback_leaves_random_states_and_loaders_alone():
     """A run whose callback never cuts nor regularises equals one without it, whatever is random in it."""
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins import MixedPrecision
-from test_callback import Plain, Quiet, build, data, pytestmark  # noqa: F401 - applies the same filters
+from test_callback import Plain, Quiet, build, data, fit, pytestmark  # noqa: F401 - applies the same filters
 from torch import nn
 
 REG = 0.05
@@ -169,3 +169,41 @@ def test_the_penalty_is_felt():
     unpenalised.fit(model, data(24))
     without = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert (without - train(Automatic, True, {}, {})).abs().max() > 1e-2
+
+
+class Interrupt(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        raise RuntimeError("stop")
+
+
+def test_a_fit_that_stopped_between_two_micro_batches_leaves_nothing_to_the_next():
+    """The penalty counts the backward passes of an accumulation; those of a broken one are gone."""
+
+    def run(callback):
+        model = build(Automatic, explicit=False)
+        fit(model, callback, max_epochs=1, accumulate_grad_batches=2)
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    def pruning():
+        return Quiet(start_epoch=5, options={"reg": 1.0})
+
+    used = pruning()
+    with pytest.raises(RuntimeError, match="stop"):
+        fit(build(Automatic, explicit=False), used, Interrupt(), accumulate_grad_batches=2)
+    assert torch.equal(run(used), run(pruning()))
+
+
+def test_weights_of_the_penalty_are_refreshed_by_optimizer_steps():
+    """Micro-batches do not count: an epoch of two steps in four parts equals one of two whole steps."""
+
+    class Still(Plain):
+        def __init__(self):
+            super().__init__()
+            self.net.bn = nn.Identity()  # else the size of a batch matters
+
+    def run(batch_size, **options):
+        model, callback = build(Still), Quiet(start_epoch=9, update_every=3, options={"reg": 0.5})
+        fit(model, callback, loader=data(16, batch_size), max_epochs=4, **options)
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    assert torch.allclose(run(8), run(4, accumulate_grad_batches=2), rtol=0, atol=1e-6)

@@ -125,7 +125,7 @@ class Slow:
 def test_resuming_in_the_middle_of_an_epoch_gives_the_same_bits(tmp_path):
     steps = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
     whole = fit(build(Cosine), pruning(), steps, max_epochs=3, loader=Slow(), enable_checkpointing=True)
-    for step in (1, 3, 5, 6, 10):
+    for step in (1, 3, 4, 5, 6, 8, 10):  # 4 and 8: of their epoch only the end is left
         path = tmp_path / f"step={step}.ckpt"
         resumed = fit(build(Cosine), pruning(), ckpt_path=path, max_epochs=3, loader=Slow())
         assert digest(resumed) == digest(whole), f"from step {step}"
@@ -344,6 +344,13 @@ def test_a_smaller_checkpoint_that_no_plan_explains_is_refused(tmp_path):
     fit(build(Thin), every_epoch(tmp_path), max_epochs=1, enable_checkpointing=True)
     with pytest.raises(CheckpointMismatchError, match="no plan that explains them"):
         fit(build(Cosine), pruning(), ckpt_path=tmp_path / "epoch=0.ckpt")
+
+
+def test_a_checkpoint_from_before_the_first_cut_says_that_nothing_was_cut(tmp_path):
+    fit(build(Cosine), pruning(module="net"), every_epoch(tmp_path), max_epochs=1, enable_checkpointing=True)
+    state = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)
+    assert state["state_dict"]._metadata["net"]["lightning_prune"]["cuts"] == []
+    assert state["lightning_prune"]["net"]["cuts"] == []
 
 
 def test_the_state_holds_plain_data(tmp_path):

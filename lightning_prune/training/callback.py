@@ -178,7 +178,6 @@ class StructuredPruning(Callback):
         calls = example_inputs.from_array(pl_module, self.module)
         recorded = (self._restored or {}).get("example")
         if not calls and recorded:
-            self._recorded = recorded
             calls = example_inputs.rebuild(recorded, pl_module.device)
         if calls:
             self._build(pl_module, calls)
