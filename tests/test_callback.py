@@ -111,7 +111,8 @@ def test_half_of_the_channels_go_at_the_start_epoch(cls, start_epoch, module):
 
     model = build(cls)
     callback = Watch(0.5, start_epoch=start_epoch, module=module)
-    fit(model, callback)
+    trainer = fit(model, callback)
+    assert trainer.callback_metrics["prune/channels"] == 0.5
     expected = {e: CHANNELS if e < start_epoch else CHANNELS // 2 for e in range(2)}
     assert all(width == expected[epoch] for epoch, width in widths)
     assert len(widths) == 8

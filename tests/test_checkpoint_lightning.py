@@ -81,6 +81,17 @@ def test_resuming_from_any_epoch_gives_the_same_bits(tmp_path, optimizer):
         assert callback.pruner.current_step == 3
 
 
+def test_a_run_may_go_back_in_the_same_process(tmp_path):
+    """The model and the callback have been further already."""
+    model, callback = build(Cosine), pruning()
+    whole = fit(model, callback, every_epoch(tmp_path), max_epochs=5, enable_checkpointing=True)
+    expected = digest(whole)
+    for epoch in (3, 0, 1):
+        again = fit(model, callback, ckpt_path=tmp_path / f"epoch={epoch}.ckpt", max_epochs=5)
+        assert digest(again) == expected, f"from epoch {epoch}"
+        assert callback.steps_done == 3
+
+
 @pytest.mark.parametrize("array", [True, False], ids=["example_input_array", "recorded inputs"])
 def test_a_resumed_run_cuts_before_any_forward(tmp_path, array):
     class Net(Cosine):
@@ -344,6 +355,39 @@ def test_a_smaller_checkpoint_that_no_plan_explains_is_refused(tmp_path):
     fit(build(Thin), every_epoch(tmp_path), max_epochs=1, enable_checkpointing=True)
     with pytest.raises(CheckpointMismatchError, match="no plan that explains them"):
         fit(build(Cosine), pruning(), ckpt_path=tmp_path / "epoch=0.ckpt")
+
+
+def test_a_resumed_run_goes_on_counting_the_gradients_that_were_not_finite(tmp_path):
+    class Bad(Cosine):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * float("nan") if (self.trainer.current_epoch, batch_idx) == (0, 1) else loss
+
+    def bad_pruning():
+        return Quiet(0.5, start_epoch=9, options={"nan_policy": "zero"})
+
+    with pytest.warns(UserWarning, match="is not finite at step 1"):
+        fit(build(Bad), bad_pruning(), every_epoch(tmp_path), max_epochs=1, enable_checkpointing=True)
+    resumed = fit(build(Bad), bad_pruning(), ckpt_path=tmp_path / "epoch=0.ckpt", max_epochs=2)
+    assert resumed.callback_metrics["prune/nonfinite_gradients"] == 1
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_resumed_run_hands_on_what_it_was_given(tmp_path, epoch):
+    """Its own checkpoint says the same as that of the uninterrupted run."""
+
+    def ours(folder):
+        state = torch.load(folder / "epoch=2.ckpt", weights_only=True)["callbacks"]
+        (found,) = [value for key, value in state.items() if key.startswith("Quiet")]
+        return {name: found[name] for name in ("example", "initial", "base", "cut_epoch", "overflows")}
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    fit(build(Cosine), pruning(), every_epoch(one), max_epochs=3, enable_checkpointing=True)
+    path = one / f"epoch={epoch}.ckpt"
+    fit(build(Cosine), pruning(), every_epoch(two), ckpt_path=path, max_epochs=3, enable_checkpointing=True)
+    assert ours(one)["example"] is not None
+    assert ours(two) == ours(one)
 
 
 def test_a_checkpoint_from_before_the_first_cut_says_that_nothing_was_cut(tmp_path):
