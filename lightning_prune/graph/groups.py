@@ -255,12 +255,12 @@ def _rank_by_first(group_of: Ints, first: Ints) -> Ints:
 def _members(places: tuple[Place, ...], place: Ints, position: Ints, unit: Ints) -> tuple[Member, ...]:
     order = np.lexsort((position, place))
     place, position, unit = place[order], position[order], unit[order]
+    begins = np.flatnonzero(np.concatenate([[True], place[1:] != place[:-1]]))
     found = []
-    for number in np.unique(place):
-        mine = place == number
-        p = places[number]
+    for start, end in zip(begins, [*begins[1:], len(place)], strict=True):
+        p = places[place[start]]
         rows, size = p.classes.shape
-        found.append(Member(p.tensor, p.dim, rows, size, position[mine], unit[mine], p.is_buffer))
+        found.append(Member(p.tensor, p.dim, rows, size, position[start:end], unit[start:end], p.is_buffer))
     return tuple(sorted(found, key=lambda m: m.is_buffer))
 
 
