@@ -19,6 +19,7 @@ from lightning_prune.graph.groups import Group
 
 RATIO = 0.5
 PATIENCE = 60.0  # seconds: on windowed attention its lists of indices grow without end
+_TOO_LONG = f"more than {PATIENCE:.0f} s"
 
 
 def ours(subject: Subject, model: nn.Module | None = None, **options: Any) -> GroupNormPruner:
@@ -125,5 +126,10 @@ def _complaint(attempt: Callable[[], Any]) -> str:
     return ""
 
 
+def ran_out_of_time(reason: str) -> bool:
+    """Whether a reason is that it took longer than ``PATIENCE``."""
+    return reason.endswith(_TOO_LONG)
+
+
 def _out_of_patience(*_: Any) -> None:
-    raise TimeoutError(f"more than {PATIENCE:.0f} s")
+    raise TimeoutError(_TOO_LONG)
