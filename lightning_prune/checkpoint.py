@@ -240,9 +240,12 @@ def _resize_before_load(
     module: nn.Module, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any
 ) -> None:
     plans = _read(state_dict, prefix[:-1], {prefix[:-1]: local_metadata})
-    # Below the root of a load, hooks above may yet excuse a key.
+    # Below the root of a load, hooks above may yet excuse a key, and metadata come module by module.
     strict = not prefix and _every_key_is_asked_for()
-    _adopt_to_load(module, {**_present(module), **plans}, _below_prefix(state_dict, prefix), strict=strict)
+    state = _below_prefix(state_dict, prefix)
+    if not hasattr(state, "_metadata"):
+        _told(state, {"": local_metadata})
+    _adopt_to_load(module, {**_present(module), **plans}, state, strict=strict)
 
 
 def _every_key_is_asked_for() -> bool:
@@ -283,7 +286,7 @@ def _adopt(root: nn.Module, wanted: Mapping[str, Plan | None], shapes: Shapes) -
         prepare(module)
 
 
-def _below_prefix(state: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+def _below_prefix(state: Mapping[str, Any], prefix: str) -> OrderedDict[str, Any]:
     """The part of a state dict below a prefix, without it; the metadata go with it."""
     part = OrderedDict((key[len(prefix) :], value) for key, value in state.items() if key.startswith(prefix))
     metadata = getattr(state, "_metadata", None)

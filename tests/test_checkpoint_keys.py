@@ -108,6 +108,12 @@ def test_a_key_that_its_module_can_do_without_is_no_error():
     assert torch.equal(model(X), pruned(Outer)(X))
     load_pruned_state(other := fresh(Outer), state)
     assert torch.equal(other(X), pruned(Outer)(X))
+    del state["net.fc.bias"]
+    untouched = prepare(fresh(Outer))
+    before = bits(untouched)
+    with pytest.raises(CheckpointMismatchError, match=r"'net\.fc\.bias' is missing"):
+        untouched.load_state_dict(state)
+    assert same(untouched, before)
 
 
 @pytest.mark.parametrize("how", ["function", "hook"])
@@ -184,6 +190,39 @@ def test_state_of_other_kinds_is_asked_for_once():
     with pytest.raises(CheckpointMismatchError, match="'_extra_state' is missing"):
         model.load_state_dict(Net().state_dict())
     assert Counted.calls == 1
+
+
+class Doubling(nn.Linear):
+    """Its own loading code writes into the file's tensors."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        state_dict[f"{prefix}bias"].mul_(2)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class Asking(nn.Linear):
+    """Its own loading code looks at values, which a twin has not."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        assert state_dict[f"{prefix}bias"].sum().item() != 0
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+@pytest.mark.parametrize(("cls", "factor"), [(Doubling, 2), (Asking, 1)])
+def test_loading_code_of_modules_has_its_way_once(cls, factor):
+    source, model = pruned(Outer), fresh(Outer)
+    model.net.fc = cls(4, 2)
+    prepare(model).load_state_dict(through_a_file(source.state_dict()))
+    assert torch.equal(model.net.fc.bias, factor * source.net.fc.bias)
+    assert model.net.conv.out_channels == 2
+
+
+def test_tensors_without_values_may_take_the_place_of_others():
+    state = through_a_file(pruned(Outer).state_dict())
+    state["net.fc.bias"] = state["net.fc.bias"].to("meta")
+    model = prepare(fresh(Outer))
+    model.load_state_dict(state, assign=True)
+    assert model.net.fc.bias.is_meta
 
 
 def test_tied_tensors_are_judged_by_the_shape_they_will_have():
