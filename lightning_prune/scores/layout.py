@@ -20,6 +20,9 @@ __all__ = ["Block", "Slot", "plan_blocks"]
 # Trailing axes shorter than this are folded into the one before: loops over 9 elements of a 3x3 kernel cost
 # three times as much as one loop over a row.
 FOLD_BELOW = 64
+# Sums over the first axis are made in as many parts, so that a core reads the rows that it has just written.
+# The number is fixed: the last digits must not depend on the machine.
+PIECES = 8
 
 
 @dataclass(frozen=True)
@@ -99,13 +102,13 @@ class Block:
             else:
                 squares.copy_(chunk).square_()
             for slot, found in zip(self.slots, parts, strict=True):
-                part = squares.sum(slot.reduce)  # never of no axis: such a block is a vector
-                if found and 0 in slot.reduce:
+                part = _summed(squares, slot)
+                if found and 0 in slot.reduce and found[0].shape == part.shape:
                     found[0] += part
                 else:
-                    found.append(part.flatten())
-        joined = [found[0] if len(found) == 1 else torch.cat(found) for found in parts]
-        return [_unrepeat(total, s.repeat) for s, total in zip(self.slots, joined, strict=True)]
+                    found.append(part)
+        totals = [_joined(found, slot) for found, slot in zip(parts, self.slots, strict=True)]
+        return [_unrepeat(total, s.repeat) for s, total in zip(self.slots, totals, strict=True)]
 
     def spread(self, flat: Tensor) -> list[Tensor]:
         """Shape one number per position, [all positions], for broadcasting against the view; one per slot."""
@@ -158,6 +161,25 @@ class Block:
                 into.addcmul_(source, factor)
         else:  # one rounding to the target's precision instead of one per slot
             into.addcmul_(source, sum(factors[1:], factors[0]))
+
+
+def _summed(squares: Tensor, slot: Slot) -> Tensor:
+    """Sum over what a slot has no positions along, [positions]; over the first axis [pieces, positions]."""
+    if 0 not in slot.reduce:
+        return squares.sum(slot.reduce).flatten()  # never of no axis: such a block is a vector
+    pieces = PIECES if len(squares) % PIECES == 0 else 1
+    split = squares.view(pieces, len(squares) // pieces, *squares.shape[1:])
+    return split.sum([axis + 1 for axis in slot.reduce]).flatten(1)
+
+
+def _joined(found: Sequence[Tensor], slot: Slot) -> Tensor:
+    """Give the sums of all chunks, [positions]."""
+    if 0 not in slot.reduce:
+        return found[0] if len(found) == 1 else torch.cat(list(found))
+    total = found[0].sum(0)
+    for part in found[1:]:
+        total += part.sum(0)
+    return total
 
 
 def _unrepeat(total: Tensor, times: int) -> Tensor:
