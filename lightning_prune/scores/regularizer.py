@@ -36,8 +36,8 @@ from lightning_prune.scores.members import (
 
 __all__ = ["Regularizer"]
 
-# Elements per chunk: 4 MB of float32, which the shared cache of a CPU holds beside its gradient; an accelerator
-# wants fewer, larger kernels.
+# Elements per chunk: 4 MB of float32, which the shared cache of a CPU holds beside its gradient; an
+# accelerator wants fewer, larger kernels.
 CHUNK_CPU = 1 << 20
 CHUNK_DEVICE = 1 << 23
 MAX_ALPHA = 64.0
