@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -111,7 +112,7 @@ def test_a_cut_is_tried_in_the_way_in_which_the_model_could_be_traced(
         ways.append(by_shapes)
         return ways_to_trace(model, by_shapes=by_shapes)
 
-    monkeypatch.setattr("lightning_prune.tracing.trace.ways_to_trace", watched)
+    monkeypatch.setattr(import_module("lightning_prune.tracing.trace"), "ways_to_trace", watched)
     model = Asks((NEEDS_VALUES | DOES_NOT)[question]).eval()
     assert GroupNormPruner(model, draw(2, 4)).step()
     assert model(draw(2, 4)).shape == (2, 2)

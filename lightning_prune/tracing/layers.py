@@ -13,8 +13,9 @@ from lightning_prune.errors import OptionError
 from lightning_prune.surgery.attention import attention_forward
 from lightning_prune.surgery.patches import patch_values
 from lightning_prune.tracing.labels import Tags
+from lightning_prune.tracing.preparing import tracked
 from lightning_prune.tracing.rules import tensors_in
-from lightning_prune.tracing.tracer import Tracer, _tracked
+from lightning_prune.tracing.tracer import Tracer
 
 ATTENTION = "<attention>"
 
@@ -27,7 +28,7 @@ def replace_layers(t: Tracer, model: nn.Module, custom: Mapping[Any, Callable[..
             module.forward = _CustomForward(t, module, rule)
         elif isinstance(module, nn.MultiheadAttention):
             sizes = {
-                key: _tracked(t, name, f"{ATTENTION}.{key}", value) if isinstance(value, int) else value
+                key: tracked(t, name, f"{ATTENTION}.{key}", value) if isinstance(value, int) else value
                 for key, value in attention_values(module).items()
             }
             module.forward = _AttentionForward(module, sizes)  # type: ignore[method-assign]

@@ -33,23 +33,17 @@ from lightning_prune.tracing.borrowing import (
     copy_for_tracing,
     ways_to_trace,
 )
+from lightning_prune.tracing.interceptors import Functions, Operations
 from lightning_prune.tracing.labels import Site
 from lightning_prune.tracing.layers import replace_layers
 from lightning_prune.tracing.meta import ADVICE as META_ADVICE
 from lightning_prune.tracing.meta import without_floats
 from lightning_prune.tracing.numbers import Numbers
+from lightning_prune.tracing.preparing import follow_modules, label_tensors, track_attributes
 from lightning_prune.tracing.rules import FUNCTIONS, follow
+from lightning_prune.tracing.running import call, output_tensors
 from lightning_prune.tracing.stated import watch_stated_widths
-from lightning_prune.tracing.tracer import (
-    Functions,
-    Operations,
-    Tracer,
-    call,
-    follow_modules,
-    label_tensors,
-    output_tensors,
-    track_attributes,
-)
+from lightning_prune.tracing.tracer import Tracer
 
 CALL_ADVICE = "Check that model.eval()(example_inputs) runs; pass forward_fn for an unusual call."
 RULE_FILES = (

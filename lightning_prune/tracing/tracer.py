@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -12,28 +12,15 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
 
-from lightning_prune.surgery.numbers import computes, name_of
 from lightning_prune.tracing.borrowing import Borrowed
 from lightning_prune.tracing.integers import Condition, Equation, Expr, Recorder, Size, mentions
 from lightning_prune.tracing.labels import Ints, Label, Ledger, Site, Tags, opaque
-from lightning_prune.tracing.meta import Shapes
-from lightning_prune.tracing.numbers import Numbers, are_pieces, gives_data, is_read
+from lightning_prune.tracing.numbers import Numbers
 
 TAGS = "_lightning_prune_tags"
 _TORCH = str(Path(torch.__file__).parent)
-_TENSOR = vars(torch._C.TensorBase)
-SIZES = (_TENSOR["shape"].__get__, Tensor.size)  # reading a size does nothing
-_PLACES = frozenset(
-    (
-        *(_TENSOR[name].__get__ for name in ("device", "is_cpu", "is_cuda", "is_meta", "is_mps", "is_xpu")),
-        Tensor.get_device,
-        torch.get_device,
-    )
-)
 _HERE = str(Path(__file__).parent.parent)
 _NETWORKS = str(Path(__file__).parent.parent / "models")  # those of the demo are models like any other
 
@@ -253,207 +240,3 @@ class Tracer:
 def _is_of_a_network(code: CodeType) -> bool:
     name = code.co_filename
     return name.startswith(_NETWORKS) or not name.startswith((_TORCH, _HERE, "<"))
-
-
-class Functions(TorchFunctionMode):
-    """Outside: follows python integers and composite functions."""
-
-    def __init__(self, tracer: Tracer, rules: Mapping[Any, Callable[..., Any]]) -> None:
-        super().__init__()
-        self.tracer = tracer
-        self.rules = rules
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        try:
-            return self._follow(func, args, kwargs or {})
-        except Exception:
-            self.tracer.borrowed.note_failure()
-            raise
-
-    def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        tracer = self.tracer
-        if tracer.paused:  # a layer with a rule of the user's: its sizes are not followed, its numbers are
-            args, kwargs = tracer.numbers.meet(func, args, kwargs, plain_sizes=True)
-            return self._run(func, args, kwargs)
-        tracer.begin(getattr(func, "__name__", str(func)))
-        tracer.borrowed.watch_function(tracer.op.strip("_"), args)
-        if func not in SIZES:
-            args, kwargs = tracer.numbers.meet(func, args, kwargs)
-        rule = self.rules.get(func)
-        if rule is not None:
-            out = rule(tracer, func, *args, **kwargs)
-        else:
-            out = self._run(func, args, kwargs)
-            self._pin_sizes(func, args, kwargs)
-        if func not in SIZES and is_read(out):
-            tracer.numbers.read(tracer.op, out)
-        elif are_pieces(out):
-            tracer.numbers.give(tracer.op, len(out))
-        return out
-
-    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Floats without values say that they are where the model is, so that its code goes the same way."""
-        if func in _PLACES and self.tracer.stand_in is not None and args[0].is_meta:
-            return func(self.tracer.stand_in)
-        return func(*args, **kwargs)
-
-    def _pin_sizes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A function without a rule was given a size, and not as a number to compute with."""
-        is_number = computes(name_of(func))
-        for value in (*args, *kwargs.values()):
-            is_list = isinstance(value, (tuple, list))
-            for item in value if is_list else (value,):
-                if type(item) is Size and (is_list or not is_number):
-                    self.tracer.begin(getattr(func, "__name__", str(func)))
-                    self.tracer.pin(item, "an argument that is not a size must not change")
-
-
-@lru_cache(maxsize=4096)
-def _name(func: Any) -> str:
-    return str(func._schema.name.removeprefix("aten::"))
-
-
-def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    return func(*args, **kwargs)
-
-
-class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside: carries labels through primitive operations."""
-
-    def __init__(self, tracer: Tracer, follow: Callable[..., None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.tracer = tracer
-        self.follow = follow
-        self.run = Shapes() if tracer.has_no_floats else _run
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        self.tracer.borrowed.watch_operation(func, args, kwargs)
-        out = self.run(func, args, kwargs)
-        if not self.tracer.paused:
-            self.tracer.begin(_name(func))
-            self.follow(self.tracer, func, args, kwargs, out)
-            if gives_data(func):
-                self._note_lengths(out)
-        return out
-
-    def _note_lengths(self, out: Any) -> None:
-        """How many elements were found decides how often a loop over them runs."""
-        for tensor in (out,) if isinstance(out, Tensor) else out:
-            dims = self.tracer.tags(tensor).dims
-            lengths = [n for n, label in zip(tensor.shape, dims, strict=True) if label is None]
-            self.tracer.numbers.read(self.tracer.op, lengths)
-
-
-def label_tensors(tracer: Tracer, model: nn.Module) -> None:
-    """Give every index of every parameter and buffer an atom."""
-    everything = [*model.named_parameters(), *model.named_buffers()]
-    for name, tensor in everything:
-        is_parameter = isinstance(tensor, nn.Parameter)
-        followed = is_parameter or tensor.is_floating_point() or tensor.dtype == torch.bool
-        dims: list[Label | None] = []
-        for d, size in enumerate(tensor.shape):
-            shape = [1] * tensor.ndim
-            shape[d] = size
-            dims.append(tracer.ledger.new(shape) if size > 1 and followed else None)
-        tracer.leaves[name] = tuple(dims)
-        tracer.names[id(tensor)] = name
-        tracer.buffers |= set() if is_parameter else {name}
-        is_zero = is_parameter or (not tensor.is_meta and not bool(tensor.any()))
-        tracer.put(tensor, Tags(tuple(dims), (is_zero,) * tensor.ndim))
-
-
-def track_attributes(tracer: Tracer, model: nn.Module) -> None:
-    """Replace integer attributes, also in tuples, lists and configs, by tracked ones."""
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        tracer.module_types[name] = type(module).__name__
-        _track(tracer, vars(module), name, "")
-        for key, value in vars(module).items():
-            is_config = key.endswith("config") and hasattr(value, "__dict__") and id(value) not in seen
-            if is_config and not isinstance(value, (nn.Module, type)):
-                seen.add(id(value))
-                _track(tracer, vars(value), name, f"{key}.")
-
-
-def _track(tracer: Tracer, table: dict[str, Any], module: str, prefix: str) -> None:
-    for key, value in list(table.items()):
-        if key.startswith("_") and not prefix:
-            continue
-        path = f"{prefix}{key}"
-        if type(value) is int:
-            table[key] = _tracked(tracer, module, path, value)
-        elif type(value) in (tuple, list) and any(type(v) is int for v in value):
-            items = [
-                _tracked(tracer, module, f"{path}[{i}]", v) if type(v) is int else v
-                for i, v in enumerate(value)
-            ]
-            table[key] = type(value)(items)
-
-
-def _tracked(tracer: Tracer, module: str, path: str, value: int) -> Size:
-    tracer.attributes.append(Attribute(module, path, value))
-    return Size(value, ("attr", len(tracer.attributes) - 1), tracer.recorder)
-
-
-def follow_modules(tracer: Tracer, model: nn.Module) -> None:
-    """Keep the path of the running module at hand. The hooks live on the traced copy."""
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            continue
-        module.register_forward_pre_hook(_enter(tracer, name))
-        module.register_forward_hook(_leave(tracer), always_call=True)
-
-
-def _enter(tracer: Tracer, name: str) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any) -> None:
-        tracer.modules.append(name)
-        tracer.numbers.enter(name)
-
-    return hook
-
-
-def _leave(tracer: Tracer) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        tracer.modules.pop()
-        tracer.numbers.leave()
-
-    return hook
-
-
-def output_tensors(value: Any, seen: set[int] | None = None) -> list[Tensor]:
-    """Every float tensor in an output: in lists, dicts and dataclasses; key/value caches excepted.
-
-    >>> len(output_tensors({"a": torch.ones(2), "b": [torch.ones(1), 3]}))
-    2
-    """
-    seen = set() if seen is None else seen
-    if id(value) in seen:
-        return []
-    seen.add(id(value))
-    if isinstance(value, Tensor):
-        return [value] if value.is_floating_point() or value.is_complex() else []
-    if isinstance(value, Mapping):
-        items = [v for k, v in value.items() if k not in ("past_key_values", "mems", "cache_params")]
-    elif isinstance(value, (list, tuple)):
-        items = list(value)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = [getattr(value, f.name) for f in dataclasses.fields(value)]
-    else:
-        return []
-    return [t for item in items for t in output_tensors(item, seen)]
-
-
-def call(model: nn.Module, example_inputs: Any, forward_fn: Callable[..., Any] | None) -> Any:
-    """Call the model the way its user would."""
-    if forward_fn is not None:
-        return forward_fn(model, example_inputs)
-    if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        return model(*example_inputs)
-    return model(example_inputs)
