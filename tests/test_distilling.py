@@ -40,7 +40,7 @@ class Taught(Plain):
 
     def __init__(self, explicit=False):
         super().__init__()
-        self.explicit = explicit
+        self.explicit, self.terms = explicit, {}
         with torch.no_grad():
             self.net.conv.weight[[0, 2, 3, 6]] *= 0.1  # so that not the first ones stay
 
@@ -49,7 +49,11 @@ class Taught(Plain):
         logits = self.net(x)
         loss = nn.functional.cross_entropy(logits, y)
         teacher = self.__dict__.get("teacher")
-        return loss if teacher is None else loss + explicit_loss(self.net, teacher, x, logits)
+        if teacher is None:
+            return loss
+        term = explicit_loss(self.net, teacher, x, logits)
+        self.terms.setdefault(self.current_epoch, []).append(float(term.detach()))
+        return loss + term
 
 
 class Copy(Callback):
@@ -94,6 +98,15 @@ def test_equals_the_loss_written_into_the_training_step(half, options, tolerance
     explicit, _ = train(True, half, **options)
     assert torch.allclose(ours, explicit, rtol=0, atol=tolerance), (ours - explicit).abs().max()
     assert float(trainer.callback_metrics["prune/distillation"]) > 0
+
+
+def test_the_loss_that_is_logged_is_that_of_its_epoch():
+    logged = float(train(False)[1].callback_metrics["prune/distillation"])
+    terms = train(True)[1].lightning_module.terms
+    means = {epoch: sum(found) / len(found) for epoch, found in terms.items()}
+    assert sorted(means) == [1, 2]
+    assert logged == pytest.approx(means[2], rel=1e-5)
+    assert means[1] != pytest.approx(means[2], rel=1e-2)
 
 
 def test_the_teaching_is_felt():

@@ -12,6 +12,7 @@ from lightning_prune.graph.groups import Graph, Place
 from lightning_prune.graph.widths import stated_widths
 from lightning_prune.plan import Cut, Patch, Plan, Rewrite
 from lightning_prune.surgery.attributes import cosmetic_rewrites
+from lightning_prune.surgery.tensors import tensors_of
 from lightning_prune.tracing.integers import mentions
 from lightning_prune.tracing.layers import ATTENTION, attention_values
 
@@ -42,7 +43,7 @@ def make_plan(
     alive = graph.alive_classes(keep)
     known: dict[tuple[int, bytes], tuple[int, ...]] = {}  # many places keep the same
     cuts = tuple(cut for place in graph.places if (cut := _cut(place, alive, known)) is not None)
-    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    tensors = tensors_of(model)
     sizes = tuple(sorted((name, tuple(tensors[name].shape)) for name in {c.tensor for c in cuts}))
     values = constraints.attributes(alive)
     plan = Plan(

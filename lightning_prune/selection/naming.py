@@ -13,6 +13,7 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from lightning_prune.errors import OptionError
+from lightning_prune.surgery.tensors import tensors_of
 
 Bools = npt.NDArray[np.bool_]
 
@@ -31,7 +32,7 @@ def tensors_named(model: nn.Module, what: Any, option: str) -> frozenset[str]:
     >>> sorted(tensors_named(nn.Sequential(nn.Linear(2, 2)), "0", "ignored_layers"))
     ['0.bias', '0.weight']
     """
-    tensors = [*model.named_parameters(), *model.named_buffers()]
+    tensors = list(tensors_of(model).items())
     if isinstance(what, Tensor):
         found = {name for name, t in tensors if t is what}
     else:

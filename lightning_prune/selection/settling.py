@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeAlias
 
 import numpy as np
@@ -14,6 +14,7 @@ from lightning_prune.graph.analysis import Analysis, solved
 from lightning_prune.graph.certificate import Trial, UnkeptError, certify, try_out
 from lightning_prune.plan import Plan
 from lightning_prune.selection.choosing import Choice, bound_by
+from lightning_prune.surgery.tensors import tensors_of
 from lightning_prune.tracing.numbers import Numbers
 from lightning_prune.tracing.tracer import Tracer
 
@@ -53,11 +54,12 @@ class Settler:
         self.analysis = analysis
         self.held: Held = ()
         self._trial: Trial | None = None
-        self._shapes = {name: t.shape for name, t in self._tensors()}
+        self._shapes = {name: t.shape for name, t in tensors_of(self._model).items()}
 
     def stale(self) -> tuple[str, Tensor] | None:
         """Give a tensor that has another shape than when it was looked at."""
-        return next(((n, t) for n, t in self._tensors() if self._shapes.get(n) != t.shape), None)
+        tensors = tensors_of(self._model).items()
+        return next(((n, t) for n, t in tensors if self._shapes.get(n) != t.shape), None)
 
     def refuse_stale(self) -> None:
         """See that nobody has changed the model since.
@@ -123,7 +125,3 @@ class Settler:
     ) -> None:
         self.notes = choice.notes + of_configs + tuple(note for _, note in unkept)
         self.held = choice.held + unkept
-
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self._model.named_parameters()
-        yield from self._model.named_buffers()

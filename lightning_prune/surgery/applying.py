@@ -47,11 +47,12 @@ def apply(model: nn.Module, plan: Plan, *, on_meta: bool = False) -> Snapshot:
     >>> tuple(net(torch.ones(5, 3)).shape), tuple(net[1].weight.shape)
     ((5, 2), (2, 2))
     """
-    targets = _checked(model, plan, on_meta=on_meta)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    targets = _checked(model, modules, plan, on_meta=on_meta)
     scratch = Scratch()
     pieces = [_Piece.of(target, scratch) for target in targets]
     del scratch
-    snapshot = Snapshot.across(model, plan)
+    snapshot = Snapshot(list(_undos(model, modules, plan)))
     try:
         for piece in pieces:
             piece.commit()
@@ -74,7 +75,8 @@ def mask(model: nn.Module, plan: Plan) -> None:
         PlanError: If the plan does not fit.
     """
     buffers = {id(b) for b in model.buffers()}
-    for target in _checked(model, plan, on_meta=True):
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for target in _checked(model, modules, plan, on_meta=True):
         if not target.tensor.is_meta and id(target.tensor) not in buffers:
             set_tensor_data(target.tensor, mask_tensor(target.tensor, target.cuts))
 
@@ -85,7 +87,7 @@ def validate(model: nn.Module, plan: Plan) -> None:
     Raises:
         PlanError: As ``apply``, whose checks these are.
     """
-    _checked(model, plan)
+    _checked(model, dict(model.named_modules(remove_duplicate=False)), plan)
 
 
 class Snapshot:
@@ -110,24 +112,14 @@ class Snapshot:
         Raises:
             PlanError: If the plan does not fit the model.
         """
-        _checked(model, plan, on_meta=on_meta)
+        _checked(model, dict(model.named_modules(remove_duplicate=False)), plan, on_meta=on_meta)
         return Snapshot.across(model, plan)
 
     @staticmethod
     def across(model: nn.Module, *plans: Plan) -> Snapshot:
         """Take a snapshot of all that the plans name and the model has, whether or not they fit."""
         modules = dict(model.named_modules(remove_duplicate=False))
-        tensors = _named_tensors(modules)
-        undos: list[Callable[[], None]] = []
-        for plan in plans:
-            rewrites = [r for r in plan.rewrites if _leads_somewhere(modules, r)]
-            patches = [p for p in plan.patches if p.module in modules]
-            held = {id(t): t for name in plan.by_tensor() if (t := tensors.get(name)) is not None}
-            undos += [_remember_tensor(tensor) for tensor in held.values()]
-            undos += [_remember_holder(holder, key) for holder, key, _ in _config_holders(model, rewrites)]
-            undos += [remember(modules[r.module], r.path) for r in rewrites]
-            undos += [remember_patch(model, p) for p in patches]
-        return Snapshot(undos)
+        return Snapshot([undo for plan in plans for undo in _undos(model, modules, plan)])
 
     def restore(self) -> None:
         """Put everything back: the same tensor objects over the same memory. May be called again."""
@@ -138,6 +130,17 @@ class Snapshot:
             except KeyboardInterrupt:
                 continue  # a second Ctrl-C, on the way back: start again, every part may run twice
             return
+
+
+def _undos(model: nn.Module, modules: Mapping[str, nn.Module], plan: Plan) -> Iterator[Callable[[], None]]:
+    """One per thing that a plan names and the model has."""
+    tensors = _named_tensors(modules)
+    rewrites = [r for r in plan.rewrites if _leads_somewhere(modules, r)]
+    held = {id(t): t for name in plan.by_tensor() if (t := tensors.get(name)) is not None}
+    yield from map(_remember_tensor, held.values())
+    yield from (_remember_holder(holder, key) for holder, key, _ in _config_holders(model, rewrites))
+    yield from (remember(modules[r.module], r.path) for r in rewrites)
+    yield from (remember_patch(model, p) for p in plan.patches if p.module in modules)
 
 
 def own_configs(model: nn.Module, plan: Plan) -> None:
@@ -217,14 +220,15 @@ def _remember_tensor(tensor: Tensor) -> Callable[[], None]:
     return undo
 
 
-def _checked(model: nn.Module, plan: Plan, *, on_meta: bool = False) -> list[_Target]:
+def _checked(
+    model: nn.Module, modules: Mapping[str, nn.Module], plan: Plan, *, on_meta: bool = False
+) -> list[_Target]:
     """Check everything, and give each tensor object once with its cuts."""
     if torch.is_inference_mode_enabled():
         raise PlanError(
             "a plan was applied under torch.inference_mode(), which leaves tensors that cannot be trained. "
             "Apply it outside; torch.no_grad() is fine"
         )
-    modules = dict(model.named_modules(remove_duplicate=False))
     tensors = _named_tensors(modules)
     if plan:
         for name, tensor in tensors.items():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_prune.surgery.tensors import tensors_of
 from lightning_prune.tracing.integers import Size
 from lightning_prune.tracing.labels import Label, Tags
 from lightning_prune.tracing.tracer import Attribute, Tracer
@@ -15,8 +16,7 @@ from lightning_prune.tracing.tracer import Attribute, Tracer
 
 def label_tensors(tracer: Tracer, model: nn.Module) -> None:
     """Give every index of every parameter and buffer an atom."""
-    everything = [*model.named_parameters(), *model.named_buffers()]
-    for name, tensor in everything:
+    for name, tensor in tensors_of(model).items():
         is_parameter = isinstance(tensor, nn.Parameter)
         followed = is_parameter or tensor.is_floating_point() or tensor.dtype == torch.bool
         dims: list[Label | None] = []

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_prune.errors import PruneError, TraceError
+from lightning_prune.surgery.tensors import tensors_of
 from lightning_prune.tracing import (
     contraction,
     convolution,
@@ -171,7 +172,7 @@ def _unused(tracer: Tracer) -> list[str]:
 
 def refuse_lazy(model: nn.Module) -> None:
     """Lazy parameters have no shape yet."""
-    for name, p in [*model.named_parameters(), *model.named_buffers()]:
+    for name, p in tensors_of(model).items():
         if is_lazy(p):
             raise TraceError(
                 f"{name} is a lazy parameter without a shape. Run the model once on example inputs "
