@@ -21,9 +21,10 @@ from naive_penalty import (
     two_layers,
 )
 
-from lightning_prune.errors import OptionError, StaleGraphError
+from lightning_prune.errors import OptionError, PruneError, StaleGraphError
 from lightning_prune.graph.groups import Group
 from lightning_prune.scores import regularizer as module
+from lightning_prune.scores.layout import plan_blocks
 from lightning_prune.scores.regularizer import Regularizer
 
 
@@ -55,6 +56,42 @@ def test_large_tensors_are_walked_in_chunks(monkeypatch, chunk):
     start = before(tensors)
     Regularizer(groups, tensors, reg=0.1).apply()
     assert_added(tensors, start, naive_gradients(groups, tensors, 0.1))
+
+
+@pytest.mark.parametrize("rows", [8, 16, 20, 23, 24])
+def test_sums_of_chunks_are_those_of_the_whole(rows):
+    """Chunks of 8 rows are summed in pieces, a last one that does not divide as it is."""
+    weight = torch.randn(rows, 6)
+    (block,) = plan_blocks({"w": weight}, [("w", 0, 1), ("w", 1, 1)])
+    by_row, by_column = block.sums(block.look(weight), torch.empty(8 * 6), 8)
+    want = weight.numpy().astype(float) ** 2
+    assert by_row.numpy() == pytest.approx(want.sum(1), rel=1e-5)
+    assert by_column.numpy() == pytest.approx(want.sum(0), rel=1e-5)
+
+
+def test_a_state_of_other_groups_is_refused():
+    groups, tensors = two_layers()
+    state = Regularizer(groups[:1], tensors).state_dict()
+    with pytest.raises(PruneError, match=r"a state of \d+ units, these groups have"):
+        Regularizer(groups, tensors).load_state_dict(state)
+
+
+def test_gammas_of_a_state_are_those_that_multiply():
+    groups, tensors = two_layers()
+    first = Regularizer(groups, tensors, reg=0.1, update_every=100)
+    first.apply()
+    with torch.no_grad():
+        tensors["a"].copy_(torch.randn_like(tensors["a"]))
+    second = Regularizer(groups, tensors, reg=0.1, update_every=100)
+    second.load_state_dict(first.state_dict())
+    found = []
+    for regularizer in (first, second):
+        for tensor in tensors.values():
+            tensor.grad = torch.zeros_like(tensor)
+        regularizer.apply()
+        found.append([t.grad.clone() for t in tensors.values()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
 
 
 def test_chunks_leave_non_finite_elements_out_as_well(monkeypatch):
@@ -265,6 +302,41 @@ def test_cached_gammas_multiply_the_weights_of_the_moment():
     tensors["a"].grad.zero_()
     regularizer.apply()
     torch.testing.assert_close(tensors["a"].grad, 0.1 * gamma * tensors["a"].detach())
+
+
+@pytest.mark.parametrize("change", ["channels last", "float32"])
+def test_cached_gammas_outlive_a_change_of_where_the_weights_lie(change):
+    tensors, groups = parameters(), [channels(), *others()]
+    regularizer = Regularizer(groups, tensors, reg=0.1, update_every=100)
+    regularizer.apply()
+    gammas = [g.clone() for g in regularizer.coefficients]
+    with torch.no_grad():
+        for tensor in tensors.values():
+            moved = torch.randn_like(tensor)
+            if change == "float32":
+                moved, tensor.grad = moved.float(), None
+            elif tensor.ndim == 4:
+                moved = moved.contiguous(memory_format=torch.channels_last)
+            tensor.data = moved
+            tensor.grad = torch.zeros_like(tensor)
+    still = {n: t.detach().clone() for n, t in tensors.items()}
+    regularizer.apply()
+    assert regularizer.state_dict()["age"] == 2  # the next refresh is due when it was
+    for was, now in zip(gammas, regularizer.coefficients, strict=True):
+        assert torch.equal(was.to(now.dtype), now)
+    want = {n: torch.zeros_like(t) for n, t in still.items()}
+    for members, gamma in zip([g.members for g in groups], gammas, strict=True):
+        for m in members:
+            if m.tensor.endswith("bias") or m.is_buffer:
+                continue
+            flat = torch.zeros(m.rows * m.size, dtype=torch.float64)
+            flat.index_add_(0, torch.from_numpy(m.index), gamma.double()[torch.from_numpy(m.unit)])
+            shape = [1] * still[m.tensor].ndim
+            shape[m.dim] = m.size
+            for block, row in zip(want[m.tensor].chunk(m.rows), flat.view(m.rows, m.size), strict=True):
+                block.add_(0.1 * row.view(shape))
+    for name, factor in want.items():
+        torch.testing.assert_close(tensors[name].grad, factor * still[name], rtol=1e-5, atol=1e-6)
 
 
 def test_refresh_on_demand():

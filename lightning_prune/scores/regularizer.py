@@ -266,8 +266,13 @@ class Regularizer:
                     f"the regulariser was built for {block.tensor!r} of shape {list(before)}, it has "
                     f"{list(shape)} now; call update_regularizer() after a cut"
                 )
+        age, per_unit, resting = self._age, (self._gamma, self._scores), self._resting
         self._build()
         self.skipped = self.skipped.to(self._device)
+        if age is not None:  # numbers per unit do not hang on where the weights lie
+            self._age, self._resting = age, resting.to(self._device)
+            self._gamma, self._scores = (v.to(self._device, self._dtype) for v in per_unit)
+            self._set_factors(self._gamma)
 
     def _is_dirty(self) -> bool:
         """Whether something may not be finite; an accelerator is not asked, the answer there is yes."""
