@@ -177,6 +177,13 @@ def test_a_result_that_is_known_is_what_it_would_be() -> None:
             assert forms(shapes(func, args, kwargs)) == want, name
 
 
+def test_what_has_values_is_not_taken_for_a_shape_of_the_same_form() -> None:
+    shapes, known = Shapes(), torch.zeros(2, dtype=torch.int64)
+    assert shapes(ATEN.add.Scalar, (known.to("meta"), 1), {}).is_meta
+    assert shapes(ATEN.add.Scalar, (known, 1), {}).tolist() == [1, 1]
+    assert shapes(ATEN.add.Scalar, (known + 1, 1), {}).tolist() == [2, 2]
+
+
 def test_a_result_has_memory_of_its_own() -> None:
     shapes, x = Shapes(), shape(3)
     one, other = shapes(ATEN.relu.default, (x,), {}), shapes(ATEN.relu.default, (x,), {})

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_prune.surgery.attributes import config_objects
+from lightning_prune.surgery.tensors import tensors_of
 from lightning_prune.tracing.integers import Expr, Recorder, Size, mentions
 
 
@@ -148,7 +149,7 @@ def _attributes(module: nn.Module, twin: nn.Module) -> Iterator[tuple[tuple[str,
 
 
 def _sizes(twin: nn.Module, making: _Making) -> Iterator[tuple[tuple[str, int], Expr]]:
-    for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
+    for name, tensor in tensors_of(twin).items():
         for dim, size in enumerate(making.sizes(tensor)):
             if isinstance(size, Size):
                 yield (name, dim), size.expr

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_prune.errors import OptionError, TraceError
+from lightning_prune.surgery.tensors import tensors_of
 
 __all__ = ["Cost", "ForwardFn", "count_parameters", "measure_cost", "measured_forward", "peak_memory_bytes"]
 
@@ -209,7 +210,7 @@ def _check_model(model: nn.Module) -> None:
         raise OptionError(
             f"expected model to be a torch.nn.Module but got {type(model).__name__}; pass the network itself"
         )
-    lazy = [name for name, p in (*model.named_parameters(), *model.named_buffers()) if is_lazy(p)]
+    lazy = [name for name, p in tensors_of(model).items() if is_lazy(p)]
     if lazy:
         raise TraceError(
             f"the cost of {type(model).__name__} was asked, but {len(lazy)} of its tensors have no shape yet "

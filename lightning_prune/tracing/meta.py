@@ -99,12 +99,15 @@ class Shapes:
         """Run one operation."""
         if _only_writes(func) and args[0].is_meta:
             return args[0]
-        key = _key((*args, *kwargs.values())) if _makes_tensors(func) else None
-        if key is None or not any(t.is_meta for t in _tensors((*args, *kwargs.values()))):
+        inputs = (*args, *kwargs.values())
+        key = _key(inputs) if _makes_tensors(func) else None
+        if key is None:
             return run_without_floats(func, args, kwargs)
         key = (func, *kwargs, *key)
         known = self._known.get(key)
         if known is None:
+            if not any(t.is_meta for t in _tensors(inputs)):  # it has values, and is not to be known
+                return run_without_floats(func, args, kwargs)
             form = FORMS.get(_name(func))
             out = run_without_floats(func, args, kwargs) if form is None else form(args, kwargs)
             self._known[key] = tuple(map(_form, (out,) if isinstance(out, Tensor) else out))
@@ -135,7 +138,7 @@ def _key(values: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if isinstance(value, Tensor):
             if value.ndim == 0 and not value.is_meta:
                 return None
-            key.append(_form(value))
+            key.append((value.is_meta, *_form(value)))
         elif type(value) in (list, tuple):
             inner = _key(tuple(value))
             if inner is None:
