@@ -152,15 +152,17 @@ class Block:
     def _add_chunk(
         self, into: Tensor, chunk: Tensor, factors: Sequence[Tensor], scratch: Tensor, *, clean: bool
     ) -> None:
-        source = chunk
-        if clean:
-            source = scratch[: chunk.numel()].view(chunk.shape)
-            source.copy_(chunk).nan_to_num_(0, 0, 0)
-        if into.dtype == scratch.dtype:
-            for factor in factors:
-                into.addcmul_(source, factor)
-        else:  # one rounding to the target's precision instead of one per slot
-            into.addcmul_(source, sum(factors[1:], factors[0]))
+        source = chunk.nan_to_num(0, 0, 0) if clean else chunk
+        if len(factors) == 1:
+            into.addcmul_(source, factors[0])
+            return
+        # Added up in the cache first: the gradient, which lies in memory, is then written once.
+        shape = torch.broadcast_shapes(*(f.shape for f in factors))  # type: ignore[no-untyped-call]
+        total = scratch[: math.prod(shape)].view(shape)
+        torch.add(factors[0], factors[1], out=total)
+        for factor in factors[2:]:
+            total += factor
+        into.addcmul_(source, total)
 
 
 def _summed(squares: Tensor, slot: Slot) -> Tensor:
