@@ -12,7 +12,7 @@ MANIFEST := pyproject.toml constraints.txt
 marked = $(shell grep -l 'mark\.$(1)\b' tests/test_*.py tests/*/test_*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-oldest zoo bench check format docs build lock clean
+.PHONY: help setup demo test test-all test-oldest guards zoo bench check format docs build lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F '\t' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -67,6 +67,9 @@ test-oldest: ## Run the fast tests with the oldest dependencies that pyproject.t
 	grep -v -f $(OLDEST)/names.txt constraints.txt >> $(OLDEST)/pins.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/pins.txt --editable '.[dev]'
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS) tests
+
+guards: $(VENV)/.dev ## Remove each guarded line and see its tests fail (GUARDS="test_check*": those tables alone)
+	$(BIN)/python tests/guards/run.py --jobs $(JOBS) $(GUARDS)
 
 # Verdicts are kept while the run lasts: after a break, `make zoo RESUME=1` judges what is left.
 VERDICTS := $(VENV)/verdicts

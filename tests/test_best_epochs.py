@@ -70,13 +70,14 @@ def test_saving_by_the_clock_waits_for_the_cut_too(tmp_path):
     saver = PrunedModelCheckpoint(
         dirpath=tmp_path, filename="{epoch}", save_top_k=-1, train_time_interval=timedelta(microseconds=1)
     )
-    fit(build(Scripted), Quiet(0.5, start_epoch=1), saver, max_epochs=3, enable_checkpointing=True)
+    fit(build(Scripted), Quiet(0.5, start_epoch=2), saver, max_epochs=4, enable_checkpointing=True)
     # In the epoch of the cut nothing is validated yet.
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch=2.ckpt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch=3.ckpt"]
 
 
-def test_early_stopping_begins_to_count_after_the_last_cut():
-    stopper = PrunedEarlyStopping("val_acc", mode="max", patience=2)
+@pytest.mark.parametrize("at_epoch_end", [True, False], ids=["epoch end", "validation end"])
+def test_early_stopping_begins_to_count_after_the_last_cut(at_epoch_end):
+    stopper = PrunedEarlyStopping("val_acc", mode="max", patience=2, check_on_train_epoch_end=at_epoch_end)
     trainer = fit(build(Scripted), Quiet(0.5, start_epoch=2), stopper, max_epochs=6)
     assert trainer.current_epoch == 6  # best 0.7 in epoch 3, two worse ones after it
     assert stopper.best_score == pytest.approx(0.7)

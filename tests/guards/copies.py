@@ -1,0 +1,128 @@
+"""A private copy of the tree: one line is taken out, the tests that guard it run, the line is put back."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+from guards.tables import ROOT, Guard
+
+LIMIT = 1200  # seconds for the tests of one guard; each test has its own, shorter one
+_SENSELESS = re.compile(
+    r"\b(SyntaxError|IndentationError|ImportError|ModuleNotFoundError|NameError|UnboundLocalError): "
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What became of one test, over its cases.
+
+    Args:
+        passed: Number of cases that passed.
+        reasons: What each failed case said.
+    """
+
+    passed: int = 0
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def fails(self) -> bool:
+        """Whether a case failed by an assertion or an error, not because the code makes no sense any more."""
+        return any(not _SENSELESS.search(reason) for reason in self.reasons)
+
+
+class Copy:
+    """A copy of the tree's own files, in which one file at a time is another.
+
+    Args:
+        folder: Where it lies; empty.
+        gpu: Whether to run the tests that need a GPU.
+    """
+
+    def __init__(self, folder: Path, *, gpu: bool = False) -> None:
+        self.folder, self.gpu = folder, gpu
+        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        for name in filter(None, listed.stdout.split("\0")):
+            if (ROOT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(ROOT / name, folder / name)
+
+    @contextmanager
+    def changed(self, guard: Guard) -> Iterator[None]:
+        """Have the other line in its file for a while.
+
+        Raises:
+            StaleError: If the line is not there, or is there several times.
+        """
+        path, text = self.folder / guard.file, guard.changed(self.folder)
+        before = path.read_text(encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
+        try:
+            yield
+        finally:
+            path.write_text(before, encoding="utf-8")
+
+    def run(self, file: Path, names: Iterable[str]) -> dict[str, Found]:
+        """Run tests of one file by name, whatever their marks.
+
+        Args:
+            file: Path of the test file below the root.
+            names: ``test_name`` or ``TestClass::test_name``.
+
+        Raises:
+            TimeoutError: If they take too long.
+        """
+        report = self.folder / "guards-report.xml"
+        report.unlink(missing_ok=True)
+        # Bytecode would be taken for that of another text of the same length and second.
+        own = {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        path = os.pathsep.join(filter(None, [str(self.folder), os.environ.get("PYTHONPATH")]))
+        options = ["-n", "0", "-q", "-p", "no:cacheprovider", "-m", "" if self.gpu else "not gpu"]
+        command = [sys.executable, "-m", "pytest", *options, f"--junitxml={report}"]
+        command += [f"{file}::{name}" for name in names]
+        _wait(command, self.folder, {**os.environ, **own, "PYTHONPATH": path})
+        return outcomes(report) if report.exists() else {}
+
+
+def _wait(command: list[str], folder: Path, environment: dict[str, str]) -> None:
+    """Wait for a command, and end what it started if it takes too long."""
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as process:
+        try:
+            process.wait(LIMIT)
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError from error
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def outcomes(report: Path) -> dict[str, Found]:
+    """Read a JUnit report; a file that could not be collected has no tests in it."""
+    found: dict[str, Found] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        place = case.get("classname")  # tests.test_x.TestClass
+        if not place:
+            continue
+        name = "::".join([*place.split(".")[2:], case.get("name", "").partition("[")[0]])
+        bad = [child for child in case if child.tag in {"failure", "error"}]
+        before = found.get(name, Found())
+        reasons = tuple(" ".join(child.get("message", "").split()) for child in bad)
+        found[name] = Found(before.passed + (len(case) == 0), before.reasons + reasons)
+    return found
