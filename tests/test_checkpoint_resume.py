@@ -6,12 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from resume_worker import train
+from resume_worker import EPOCHS, save, train
 from test_callback import Net, Quiet, build, fit, pytestmark  # noqa: F401 - same filters
 from test_checkpoint_lightning import Cosine, Slow, digest, every_epoch, pruning
 from torch import nn
@@ -90,26 +91,77 @@ def test_a_number_of_groups_is_of_the_dense_network_too():
     assert (resumed.current_step, resumed.options) == (1, pruner.options)
 
 
+quietly = pytest.mark.filterwarnings("ignore:.*swa_epoch_start")
+
+
+@quietly
+@pytest.mark.parametrize("ours_first", [True, False])
+@pytest.mark.parametrize(("kind", "last"), [("mean", 15), ("ema", 15), ("swa", 7)])
+def test_averaged_copies_resume_from_every_step(tmp_path, kind, last, ours_first):
+    whole = train(kind, *save(tmp_path), ours_first=ours_first, enable_checkpointing=True)
+    for step in range(1, last + 1):
+        resumed = train(kind, ours_first=ours_first, ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert digest(resumed) == digest(whole), f"from step {step}"
+
+
+@quietly
+@pytest.mark.parametrize(("prune", "ours_first"), [(True, True), (True, False), (False, True)])
+def test_stochastic_averaging_goes_on_at_the_end_of_an_epoch_alone(tmp_path, prune, ours_first):
+    """With pruning or without; it acts when an epoch starts."""
+    options = {"prune": prune, "ours_first": ours_first}
+    whole = train("swa", *save(tmp_path), enable_checkpointing=True, **options)
+    for epoch in (1, 2):
+        resumed = train("swa", ckpt_path=tmp_path / f"epoch={epoch}.ckpt", **options)
+        assert digest(resumed) == digest(whole), f"from epoch {epoch}"
+    for step in (8, 9, 14):
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            resumed = train("swa", ckpt_path=tmp_path / f"step={step}.ckpt", **options)
+        assert digest(resumed) != digest(whole), f"from step {step}"
+        said = f"goes on within epoch {step // 4}, and StochasticWeightAveraging acts at the start"
+        assert any(said in str(warning.message) for warning in heard) == prune
+    resumed = train("swa", ckpt_path=tmp_path / f"epoch={EPOCHS - 1}.ckpt", **options)
+    assert digest(resumed) != digest(whole), "from the last epoch"
+
+
 def start(*arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(WORKER), *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
+def kill(last, folder, kind, *checkpoint):
+    """Run a worker until a step is done, and give the last step that it saved."""
+    with start(folder, kind, last, *checkpoint) as victim:
+        assert any(line == f"{last}\n" for line in victim.stdout)
+        os.kill(victim.pid, signal.SIGKILL)
+    assert victim.returncode == -signal.SIGKILL
+    return max(folder.glob("step=*.ckpt"), key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
 @pytest.mark.multiprocess
 @pytest.mark.timeout(300)
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     """Killed in the sparse epoch, then once more right before the third cut."""
-    expected = digest(train())
-    checkpoint = None
+    expected = digest(train("none"))
+    checkpoint = []
     for last in (3, 12):
-        with start(tmp_path, 0.5, *([checkpoint] if checkpoint else [])) as victim:
-            assert any(line == f"{last}\n" for line in victim.stdout)
-            os.kill(victim.pid, signal.SIGKILL)
-        assert victim.returncode == -signal.SIGKILL
-        checkpoint = max(tmp_path.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
-        assert checkpoint.name in (f"step={last}.ckpt", f"step={last - 1}.ckpt")
-    assert digest(train(ckpt_path=checkpoint)) == expected
+        checkpoint = [kill(last, tmp_path, "none", *checkpoint)]
+        assert checkpoint[0].name in (f"step={last}.ckpt", f"step={last - 1}.ckpt")
+    assert digest(train("none", ckpt_path=checkpoint[0])) == expected
+
+
+@quietly
+@pytest.mark.multiprocess
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("kind", "last", "epoch"), [("ema", 6, 0), ("swa", 14, 2)])
+def test_a_killed_run_goes_on_with_its_averaged_copies(tmp_path, kind, last, epoch):
+    """Killed in the epoch of a cut; each other copy averages by step or by epoch."""
+    expected = digest(train(kind))
+    newest = kill(last, tmp_path, kind)
+    assert digest(train(kind, ckpt_path=tmp_path / f"epoch={epoch}.ckpt")) == expected
+    if kind == "ema":
+        assert digest(train(kind, ckpt_path=newest)) == expected
 
 
 @pytest.mark.multiprocess
@@ -117,8 +169,5 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("last", range(1, 16))
 def test_a_run_killed_after_any_step_goes_on_to_the_same_bits(tmp_path, last):
-    with start(tmp_path, 0.5) as victim:
-        assert any(line == f"{last}\n" for line in victim.stdout)
-        os.kill(victim.pid, signal.SIGKILL)
-    checkpoint = max(tmp_path.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, default=None)
-    assert digest(train(ckpt_path=checkpoint)) == digest(train())
+    checkpoint = kill(last, tmp_path, "none")
+    assert digest(train("none", ckpt_path=checkpoint)) == digest(train("none"))

@@ -35,6 +35,7 @@ from lightning_prune.training.strategies import (
     decide_on_rank_zero,
     eager,
     follow_cut,
+    point_out_missed_start,
     point_out_neighbours,
 )
 
@@ -198,9 +199,11 @@ class StructuredPruning(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if batch_idx == 0 and self._begun != trainer.current_epoch:
-            # Lightning leaves the start out when it resumes after the last step of the epoch before.
-            self.on_train_epoch_start(trainer, pl_module)
+        if self._begun != trainer.current_epoch:  # Lightning resumed past the start of this epoch
+            self._begun = trainer.current_epoch
+            point_out_missed_start(trainer)
+            if batch_idx == 0:
+                self.on_train_epoch_start(trainer, pl_module)
         if self.pruner is None:
             self._build_from_batch(trainer, pl_module, batch)
         self._closes = closes_accumulation(trainer, batch_idx)
@@ -361,8 +364,7 @@ class StructuredPruning(Callback):
             self.report.look_at_dense(trainer, pl_module)
         self._distiller.keep_teacher(pl_module)
         with eager(pl_module):
-            data = decide_on_rank_zero(trainer, lambda: pruner.step(dry_run=True).as_dict())
-            plan = Plan.from_dict(data)
+            plan = Plan.from_dict(decide_on_rank_zero(trainer, lambda: pruner.step(dry_run=True).as_dict()))
             if not plan and self.pruning_ratio:
                 rank_zero_warn(
                     f"the cut of epoch {trainer.current_epoch} removes nothing {list(pruner.notes)}; "

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -31,6 +31,7 @@ __all__ = [
     "eager",
     "follow_cut",
     "is_compiled",
+    "point_out_missed_start",
     "point_out_neighbours",
 ]
 
@@ -112,6 +113,17 @@ def point_out_neighbours(trainer: Trainer) -> None:
             rank_zero_warn(
                 f"{kind}(monitor={monitor!r}) compares epochs before and after the cut, and the unpruned "
                 f"ones tend to win; use lightning_prune.Pruned{kind}, which waits for the last cut"
+            )
+
+
+def point_out_missed_start(trainer: Trainer) -> None:
+    """Warn of callbacks that act when an epoch starts, where Lightning resumed past the start of one."""
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, StochasticWeightAveraging) and callback.swa_start <= trainer.current_epoch:
+            rank_zero_warn(
+                f"the run goes on within epoch {trainer.current_epoch}, and StochasticWeightAveraging acts "
+                "at the start of an epoch alone, which Lightning leaves out then: the average will be "
+                "another than that of an uninterrupted run; resume from a checkpoint of the end of an epoch"
             )
 
 
