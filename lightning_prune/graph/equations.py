@@ -130,16 +130,10 @@ class Constraints:
         if not classes.any() or heads != self._speaks_of_heads(classes):
             return None
         table = classes if owner is None else np.column_stack([owner, classes])
-        _, first = np.unique(table, axis=0, return_index=True)
-        classes = classes[np.sort(first)]
-        rows = [
-            self._positions(row, alive)
-            for row in classes
-            if owner is None or alive[row].any() or not row.any()
-        ]
-        if owner is not None:
-            living = alive[owner[np.sort(first)]]
-            rows = [self._positions(row, alive) for row, lives in zip(classes, living, strict=True) if lives]
+        first = sorted({row.tobytes(): i for i, row in reversed(list(enumerate(table)))}.values())
+        classes = classes[first]
+        living = np.ones(len(first), bool) if owner is None else alive[owner[first]]
+        rows = [self._positions(row, alive) for row, lives in zip(classes, living, strict=True) if lives]
         return _grid(rows, reason)
 
     def _speaks_of_heads(self, classes: Ints) -> bool:

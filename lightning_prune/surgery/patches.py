@@ -55,7 +55,7 @@ def check_patch(model: nn.Module, patch: Patch) -> None:
         raise PlanError(
             f"{patch.module!r}: unknown kind of patch {patch.kind!r}; known are {', '.join(_KINDS)}"
         )
-    module = dict(model.named_modules(remove_duplicate=False)).get(patch.module)
+    module = _registered(model, patch.module)
     if module is None:
         raise PlanError(
             f"patch {patch.kind!r}: the model has no module {patch.module!r}; plan and model differ"
@@ -68,6 +68,14 @@ def check_patch(model: nn.Module, patch: Patch) -> None:
     wrong = _KINDS[patch.kind].check(_base(type(module)), dict(patch.values))
     if wrong:
         raise PlanError(f"{where}: {wrong}")
+
+
+def _registered(model: nn.Module, path: str) -> nn.Module | None:
+    """Give a module by its name, found part by part: a plan has many patches."""
+    module: nn.Module | None = model
+    for part in path.split(".") if path else ():
+        module = None if module is None else module._modules.get(part)
+    return module
 
 
 def install_patch(model: nn.Module, patch: Patch) -> None:
