@@ -110,13 +110,16 @@ def main() -> int:
     """Judge the guards of the tables that match."""
     parser = argparse.ArgumentParser(description="Remove each guarded line and see its tests fail.")
     parser.add_argument("globs", nargs="*", default=["*"], help="names of test files, without the ending")
+    parser.add_argument(
+        "--only", default="", help="guards alone that hold this text in a line or a test's name"
+    )
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--gpu", action="store_true", help="run the tests that need a GPU, too")
     parser.add_argument("--reasons", action="store_true", help="say what each test failed with")
     given = parser.parse_args()
     chosen = [Table.read(p) for p in tables() if any(fnmatch(p.stem, glob) for glob in given.globs)]
-    tasks: list[Callable[[Copy], Verdict]] = [partial(see_pass, table) for table in chosen]
-    tasks += [partial(judge, table, guard) for table in chosen for guard in table.guards]
+    tasks: list[Callable[[Copy], Verdict]] = [partial(see_pass, table) for table in chosen if not given.only]
+    tasks += [partial(judge, t, g) for t in chosen for g in t.guards if given.only in f"{g.line} {g.fails}"]
     count: Counter[str] = Counter()
     with TemporaryDirectory() as folder:
         copies = [Copy(Path(folder, str(n)), gpu=given.gpu) for n in range(given.jobs)]
