@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import MixedPrecision
 from test_callback import Plain, Quiet, build, data, fit, pytestmark  # noqa: F401 - applies the same filters
 from torch import nn
@@ -89,6 +90,12 @@ CASES = {
     "fp32": (Automatic, {}, dict, 1e-6),
     "accumulated": (Automatic, {}, lambda: {"accumulate_grad_batches": 4}, 1e-6),
     "short last group": (Automatic, {}, lambda: {"accumulate_grad_batches": 5}, 1e-6),
+    "accumulation that changes": (
+        Automatic,
+        {},
+        lambda: {"callbacks": [GradientAccumulationScheduler({0: 1, 1: 2})]},
+        1e-6,
+    ),
     "clipped": (Automatic, {}, lambda: {"gradient_clip_val": 0.1}, 1e-6),
     "bf16": (Automatic, {}, lambda: {"precision": "bf16-mixed"}, 1e-6),
     "fp16": (Automatic, {}, half, 1e-5),
@@ -122,15 +129,15 @@ GPU_CASES = {
 
 def train(cls, explicit, options, trainer_options):
     model = build(cls, explicit=explicit, **options)
-    callbacks = [] if explicit else [Quiet(start_epoch=9, options={"reg": REG, "alpha": 0.0})]
+    ours = [] if explicit else [Quiet(start_epoch=9, options={"reg": REG, "alpha": 0.0})]
+    callbacks = [*trainer_options.get("callbacks", ()), *ours]
     trainer = Trainer(
         max_epochs=2,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=callbacks,
-        **{"accelerator": "cpu", **trainer_options},
+        **{"accelerator": "cpu", **trainer_options, "callbacks": callbacks},
     )
     trainer.fit(model, data(24))
     return torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -142,6 +149,25 @@ def test_equals_an_explicit_loss_term(cls, options, trainer_options, tolerance):
     explicit = train(cls, True, options, trainer_options())
     ours = train(cls, False, options, trainer_options())
     assert torch.allclose(ours, explicit, rtol=0, atol=tolerance), (ours - explicit).abs().max()
+
+
+def test_the_penalty_is_there_when_the_module_looks_at_whole_gradients():
+    """Its own hook follows the backward pass, long before the optimizer steps."""
+
+    class Looking(Automatic):
+        def on_after_backward(self):
+            seen.append(self.net.conv.weight.grad.clone())
+
+    def run(explicit):
+        seen.clear()
+        ours = [] if explicit else [Quiet(start_epoch=9, options={"reg": REG, "alpha": 0.0})]
+        model = build(Looking, explicit=explicit)
+        fit(model, *ours, loader=data(24), max_epochs=1, accumulate_grad_batches=5)
+        return [seen[4], seen[5]]  # of six: after the fifth, and after the epoch's last
+
+    seen = []
+    for found, expected in zip(run(False), run(True), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateFinder
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.strategies import ModelParallelStrategy
 from test_callback import CHANNELS, Net, NoForward, Plain, Quiet, build, data, fit, pytestmark  # noqa: F401
 from torch import nn
@@ -150,12 +150,6 @@ def test_the_learning_rate_finder_may_run_first(tmp_path):
     model = build(Found)
     finder = LearningRateFinder(num_training_steps=3, early_stop_threshold=None)
     fit(model, Quiet(0.5, start_epoch=0), finder, default_root_dir=tmp_path)
-    assert model.net.conv.out_channels == HALF
-
-
-def test_accumulation_may_change_between_epochs():
-    model = build()
-    fit(model, GradientAccumulationScheduler({0: 1, 1: 2}), Quiet(0.5))
     assert model.net.conv.out_channels == HALF
 
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
 from guards.tables import ROOT, Guard
 
-LIMIT = 1200  # seconds for the tests of one guard; each test has its own, shorter one
+SERVER = Path(__file__).with_name("server.py")
 _SENSELESS = re.compile(
     r"\b(SyntaxError|IndentationError|ImportError|ModuleNotFoundError|NameError|UnboundLocalError): "
 )
@@ -56,6 +56,7 @@ class Copy:
             if (ROOT / name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(ROOT / name, folder / name)
+        self._server = _serve(folder)
 
     @contextmanager
     def changed(self, guard: Guard) -> Iterator[None]:
@@ -66,11 +67,11 @@ class Copy:
         """
         path, text = self.folder / guard.file, guard.changed(self.folder)
         before = path.read_text(encoding="utf-8")
-        path.write_text(text, encoding="utf-8")
+        _put(path, text)
         try:
             yield
         finally:
-            path.write_text(before, encoding="utf-8")
+            _put(path, before)
 
     def run(self, file: Path, names: Iterable[str]) -> dict[str, Found]:
         """Run tests of one file by name, whatever their marks.
@@ -84,33 +85,39 @@ class Copy:
         """
         report = self.folder / "guards-report.xml"
         report.unlink(missing_ok=True)
-        # Bytecode would be taken for that of another text of the same length and second.
-        own = {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-        path = os.pathsep.join(filter(None, [str(self.folder), os.environ.get("PYTHONPATH")]))
-        options = ["-n", "0", "-q", "-p", "no:cacheprovider", "-m", "" if self.gpu else "not gpu"]
-        command = [sys.executable, "-m", "pytest", *options, f"--junitxml={report}"]
-        command += [f"{file}::{name}" for name in names]
-        _wait(command, self.folder, {**os.environ, **own, "PYTHONPATH": path})
+        options = ["-n", "0", "-p", "no:cacheprovider", "-m", "" if self.gpu else "not gpu"]
+        arguments = [*options, f"--junitxml={report}", *(f"{file}::{name}" for name in names)]
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps(arguments) + "\n")
+        self._server.stdin.flush()
+        if (answer := self._server.stdout.readline().strip()) != "done":
+            raise TimeoutError if answer == "late" else RuntimeError("the server of tests has ended")
         return outcomes(report) if report.exists() else {}
 
+    def close(self) -> None:
+        """End the server."""
+        self._server.communicate()
 
-def _wait(command: list[str], folder: Path, environment: dict[str, str]) -> None:
-    """Wait for a command, and end what it started if it takes too long."""
-    with subprocess.Popen(
-        command,
+
+def _put(path: Path, text: str) -> None:
+    """Write a file, and a second later than before: bytecode is known by time and length of its source."""
+    before = path.stat().st_mtime
+    path.write_text(text, encoding="utf-8")
+    os.utime(path, (before + 1, before + 1))
+
+
+def _serve(folder: Path) -> subprocess.Popen[str]:
+    """Start a server of test runs in a tree."""
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, str(SERVER)],
         cwd=folder,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    ) as process:
-        try:
-            process.wait(LIMIT)
-        except subprocess.TimeoutExpired as error:
-            raise TimeoutError from error
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def outcomes(report: Path) -> dict[str, Found]:

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
@@ -121,8 +122,9 @@ def main() -> int:
     tasks: list[Callable[[Copy], Verdict]] = [partial(see_pass, table) for table in chosen if not given.only]
     tasks += [partial(judge, t, g) for t in chosen for g in t.guards if given.only in f"{g.line} {g.fails}"]
     count: Counter[str] = Counter()
-    with TemporaryDirectory() as folder:
-        copies = [Copy(Path(folder, str(n)), gpu=given.gpu) for n in range(given.jobs)]
+    with TemporaryDirectory() as folder, ExitStack() as stack:
+        folders = [Path(folder, str(number)) for number in range(given.jobs)]
+        copies = [stack.enter_context(closing(Copy(each, gpu=given.gpu))) for each in folders]
         for verdict in verdicts(tasks, copies):
             count[verdict.status] += 1
             say(verdict, f"[{count.total():3}/{len(tasks)}]", reasons=given.reasons)
