@@ -164,11 +164,13 @@ def test_the_monitored_metric_takes_the_place_of_an_accuracy(tmp_path):
 
 def test_a_twin_can_take_the_place_of_the_dense_network(tmp_path):
     twin, callback = build(Classifier), StructuredPruning(0.5, start_epoch=1)
+    twin.net.fc.bias.data[0] += 100  # it has one answer
     callback.report.compare_with(twin, dense_is="A twin without pruning.")
     _, report = run(tmp_path, callback=callback)
     accuracies = [(twin.eval()(x).argmax(1) == y).float().mean() for x, y in data(12)]
     assert report.dense_is == "A twin without pruning."
     assert report.dense.accuracy == pytest.approx(float(torch.stack(accuracies).mean()))
+    assert report.dense.accuracy != report.pruned.accuracy
     assert report.dense.parameters == 250
 
 
