@@ -23,6 +23,7 @@ from lightning_prune.training import callback as callbacks
 from lightning_prune.training.callback import StructuredPruning
 
 warnings.simplefilter("ignore")
+warnings.filterwarnings("error", message=".*sync_dist")  # advice on how we log
 VARIANTS = {
     "default": {},
     "unused": {"find_unused_parameters": True},

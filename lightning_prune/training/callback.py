@@ -26,7 +26,7 @@ from lightning_prune.training.evidence import EvidenceGatherer
 from lightning_prune.training.example_inputs import Call, Example
 from lightning_prune.training.gradients import closes_accumulation, hide_from
 from lightning_prune.training.penalty import Penalty
-from lightning_prune.training.progress import Progress
+from lightning_prune.training.progress import Progress, log_levels
 from lightning_prune.training.recalibrating import recalibrate
 from lightning_prune.training.strategies import (
     averaged_copies,
@@ -266,8 +266,7 @@ class StructuredPruning(Callback):
             values["nonfinite_gradients"] = float(self._penalty.watch.count)
         several = sum(isinstance(c, StructuredPruning) for c in callbacks_of(trainer)) > 1
         place = f"prune/{self.module}/" if several and self.module else "prune/"
-        for name, value in values.items():
-            pl_module.log(place + name, value, prog_bar=name == "sparsity", on_epoch=True, on_step=False)
+        log_levels(pl_module, place, values)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

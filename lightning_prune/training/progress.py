@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torchmetrics import Metric
 
 from lightning_prune.measuring.cost import measure_cost
@@ -13,7 +14,10 @@ from lightning_prune.metrics import ChannelSparsity, KeptMacs, ParameterSparsity
 from lightning_prune.pruner import GroupNormPruner
 from lightning_prune.training.example_inputs import Example
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "log_levels"]
+
+# Sharded gradients may be sound on all ranks but one, which alone has it to log: the others would not meet it.
+LONE = frozenset({"nonfinite_gradients"})
 
 
 class Progress:
@@ -54,3 +58,10 @@ class Progress:
             for name, (count, metric) in self._metrics.items()
             if self.initial.get(count)
         }
+
+
+def log_levels(module: LightningModule, place: str, values: Mapping[str, Any]) -> None:
+    """Log the numbers of an epoch under a prefix; every rank calls this, for the ranks take their mean."""
+    for name, value in values.items():
+        shown, meet = name == "sparsity", name not in LONE
+        module.log(place + name, value, prog_bar=shown, on_step=False, on_epoch=True, sync_dist=meet)
