@@ -16,7 +16,7 @@ from lightning_prune.training.example_inputs import Example
 
 __all__ = ["Progress", "log_levels"]
 
-# Sharded gradients may be sound on all ranks but one, which alone has it to log: the others would not meet it.
+# Of sharded gradients one rank alone may see what is not finite, and would wait for the others to log it.
 LONE = frozenset({"nonfinite_gradients"})
 
 
