@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +32,7 @@ from lightning_prune.scores.members import (
     real,
     scored_members,
 )
+from lightning_prune.scores.positions import Positions
 
 __all__ = ["Regularizer"]
 
@@ -66,6 +66,7 @@ class Regularizer:
         OptionError: If an option is out of range.
 
     Example:
+        >>> import numpy as np
         >>> from lightning_prune.graph.groups import Group, Member
         >>> weight = torch.nn.Parameter(torch.tensor([[1.0], [2.0]]))
         >>> weight.grad = torch.zeros_like(weight)
@@ -141,7 +142,7 @@ class Regularizer:
         self._dirty = ~sums.isfinite().all()
         if self.nan_policy == "zero" and self._is_dirty():
             sums = self._sums(views, clean=True)
-        self._set_gamma(self._unit_sums(sums))
+        self._set_gamma(self._positions.sums(sums))
         self._notice()
 
     @torch.no_grad()
@@ -219,37 +220,14 @@ class Regularizer:
         self._scratch = max(
             (s * math.prod(b.view[1:]) for s, b in zip(self._steps, self._blocks, strict=True)), default=0
         )
-        self._index()
+        self._positions = Positions.of(self._blocks, self._groups, self._members, self._device)
         self._age = None
         self._seen = torch.zeros((), dtype=torch.bool, device=self._device)
         self._dirty = self._seen.clone()
-        self._gamma = torch.ones(len(self._group_of), dtype=self._dtype, device=self._device)
+        self._gamma = torch.ones(sum(g.n_units for g in self._groups), dtype=self._dtype, device=self._device)
         self._scores = torch.zeros_like(self._gamma)
         self._resting = torch.zeros(len(self._groups), dtype=torch.bool, device=self._device)
         self._rested = self._resting.clone()
-
-    def _index(self) -> None:
-        """Map positions to units and units to groups."""
-        starts = {(b.tensor, s.dim, s.rows): s.start for b in self._blocks for s in b.slots}
-        take, into, group_of, base = [], [], [], 0
-        for number, (group, members) in enumerate(zip(self._groups, self._members, strict=True)):
-            for m in members:
-                take.append(m.index + starts[m.tensor, m.dim, m.rows])
-                into.append(m.unit + base)
-            group_of.append(np.full(group.n_units, number))
-            base += group.n_units
-        positions, units = _joined(take), _joined(into)
-        order = np.argsort(units, kind="stable")
-        ends = np.concatenate([[0], np.cumsum(np.bincount(units, minlength=base))])
-        # Sorted by unit, so that sums run over segments: the same result on every rank and in every run.
-        self._take = torch.from_numpy(positions[order].astype(np.int32)).to(self._device)
-        self._into = torch.from_numpy(units[order].astype(np.int32)).to(self._device)
-        self._ends = torch.from_numpy(ends).to(self._device)
-        self._group_of = torch.from_numpy(_joined(group_of)).to(self._device)
-        self._positions = max((s.stop for b in self._blocks for s in b.slots), default=0)
-        rank = {b.tensor: i for i, b in enumerate(self._blocks)}
-        pairs = sorted({(rank[m.tensor], g) for g, members in enumerate(self._members) for m in members})
-        self._touch = torch.tensor(pairs, dtype=torch.int64, device=self._device).view(-1, 2)
 
     def _follow(self) -> None:
         """Rebuild after a change of device, type or memory format.
@@ -289,30 +267,23 @@ class Regularizer:
             parts += block.sums(view, scratch, step)
         return torch.cat(parts)
 
-    def _unit_sums(self, sums: Tensor) -> Tensor:
-        taken = sums.index_select(0, self._take)
-        return torch.segment_reduce(taken, "sum", offsets=self._ends, initial=0, unsafe=True)
-
     def _set_gamma(self, scores: Tensor) -> None:
         finite = scores.isfinite()
-        bad = torch.zeros_like(self._resting, dtype=self._dtype)
-        self._resting = bad.index_add_(0, self._group_of, (~finite).to(self._dtype)) > 0
+        self._resting = self._positions.any_unit(~finite)
         self._scores = torch.where(finite, scores, 0)
-        per_group = torch.zeros_like(bad)
-        ends = [
-            per_group.scatter_reduce(0, self._group_of, self._scores, kind, include_self=False)
-            for kind in ("amax", "amin")
-        ]
-        highest, span = ends[0][self._group_of], (ends[0] - ends[1])[self._group_of]
+        lowest, highest = self._positions.extremes(self._scores)
+        span = highest - lowest
         # Equal units: 0 / 1, so gamma is 1.
         weakness = (highest - self._scores) / torch.where(span > 0, span, 1)
-        self._gamma = torch.where(self._resting[self._group_of], 0, torch.exp2(self.alpha * weakness))
+        self._gamma = self._unless_resting(torch.exp2(self.alpha * weakness))
         self._set_factors(self._gamma)
+
+    def _unless_resting(self, gamma: Tensor) -> Tensor:
+        return torch.where(self._resting[self._positions.group_of], 0, gamma)
 
     def _set_factors(self, gamma: Tensor) -> None:
         """Add up per position what the groups that reach it ask for."""
-        flat = torch.zeros(self._positions, dtype=self._dtype, device=self._device)
-        self._flat = flat.index_add_(0, self._take, gamma.index_select(0, self._into)).mul_(self.reg)
+        self._flat = self._positions.spread(gamma).mul_(self.reg)
 
     def _watch(self) -> None:
         """Look for weights that stopped being finite since the gammas were computed."""
@@ -329,10 +300,8 @@ class Regularizer:
         if self.nan_policy == "zero":
             self._notice()
         elif not self._immediate:
-            hit = torch.zeros_like(self._resting, dtype=self._dtype)
-            hit.index_add_(0, self._touch[:, 1], sick[self._touch[:, 0]].to(self._dtype))
-            self._resting = hit > 0
-            self._set_factors(torch.where(self._resting[self._group_of], 0, self._gamma))
+            self._resting = self._positions.any_tensor(sick)
+            self._set_factors(self._unless_resting(self._gamma))
             self._notice()
         elif bool(self._dirty | self._resting.any()):
             self.refresh()
@@ -400,9 +369,8 @@ class Regularizer:
             raise PruneError(f"a state of {len(state['gamma'])} units, these groups have {len(self._gamma)}")
         self._age, self.skipped = state["age"], torch.full_like(self.skipped, state["skipped"])
         self._gamma, self._scores = (self._gamma.new_tensor(state[name]) for name in ("gamma", "scores"))
-        resting = torch.zeros_like(self._resting, dtype=self._dtype)
         # A gamma is 2 to some power; 0 marks a group that rests.
-        self._resting = resting.index_add_(0, self._group_of, (self._gamma == 0).to(self._dtype)) > 0
+        self._resting = self._positions.any_unit(self._gamma == 0)
         self._set_factors(self._gamma)
 
 
@@ -414,7 +382,3 @@ def _grad(parameter: Tensor) -> Tensor | None:
 
 def _facts(tensor: Tensor) -> tuple[Any, ...]:
     return (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-
-
-def _joined(parts: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
-    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
