@@ -354,7 +354,7 @@ def _plan_from(data: Any, path: str) -> Plan:
             if not 1 <= rows <= len(keep):
                 raise PlanError(f"{len(keep)} kept indices in {rows} rows")
         return Plan.from_dict(data)
-    except (PlanError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (PlanError, LookupError, TypeError, ValueError) as error:
         raise CheckpointMismatchError(
             f"the checkpoint's manifest for {path or 'the model'!r} cannot be read: {error}; "
             "nothing was loaded"

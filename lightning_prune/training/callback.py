@@ -171,7 +171,7 @@ class StructuredPruning(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         target = self._target(pl_module)
-        lives_on = self.pruner is not None and self.pruner.model is target and self._restored is None
+        lives_on = self.pruner is not None and self.pruner.model is target
         if lives_on and plan_of(target) == self._base.then(self.pruner.plan):  # type: ignore[union-attr]
             return
         self.pruner, self._progress = None, Progress()
