@@ -140,7 +140,8 @@ def test_parameters_stay_the_same_objects_and_train():
     model, other = pruned(), prepare(fresh())
     before = dict(other.named_parameters())
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
-    other(X).sum().backward()
+    loss = other(X).sum()  # its graph knows the old shapes, and lives on
+    loss.backward()
     other.load_state_dict(model.state_dict())
     assert all(before[name] is parameter for name, parameter in other.named_parameters())
     old = other.conv.weight.detach().clone()
@@ -323,6 +324,7 @@ def with_item(table, index, value):
 DAMAGES = {
     "no dictionary": (lambda d: ["cuts"], "cannot be read"),
     "missing key": (lambda d: d.pop("sizes") and None, "cannot be read"),
+    "no cuts": (lambda d: d.pop("cuts") and None, "cannot be read"),
     "other format": (lambda d: d.update(format=99), "format 99"),
     "index out of range": (with_item("cuts", 3, [3, 4]), "cannot be read.*bn.bias"),
     "negative index": (with_item("cuts", 3, [-1, 1]), "cannot be read"),
@@ -409,8 +411,11 @@ def test_another_architecture_is_named_by_its_first_difference():
         load_pruned_state(wider, pruned().state_dict())
 
 
-def test_shapes_alone_are_not_trusted_without_being_asked():
+@pytest.mark.parametrize("noted", [False, True])
+def test_shapes_alone_are_not_trusted_without_being_asked(noted):
     model = prepare(fresh())
+    if noted:
+        record(model, Plan())
     before = bits(model)
     with pytest.raises(RuntimeError, match=r"size mismatch for conv\.weight"):
         model.load_state_dict(dict(pruned().state_dict()))

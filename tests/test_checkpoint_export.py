@@ -28,6 +28,18 @@ class Attention(nn.Module):
         return self.fc(self.attention(x, x, x, need_weights=False)[0])
 
 
+class Scaled(nn.Module):
+    """Divides by the root of a head's width, a number that a cut may not change."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.fc = nn.Linear(12, 3 * 2 * 8), nn.Linear(2 * 8, 3)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        return self.fc(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
 class Grouped(nn.Module):
     """Blocks of channels, and one block per channel; the number of blocks is an attribute of the layer."""
 
@@ -47,6 +59,7 @@ CASES = {
     "convolutions": (Net, (2, 3, 5, 5)),
     "grouped convolutions": (Grouped, (2, 3, 5, 5)),
     "replaced attention": (Attention, (2, 5, 16)),
+    "kept scale": (Scaled, (2, 5, 12)),
     "transformer": (lambda: ViT(dim=16, depth=1, num_heads=2, mlp_dim=16), (2, 1, 8, 8)),
 }
 every_network = pytest.mark.parametrize(("build", "shape"), CASES.values(), ids=CASES)

@@ -119,6 +119,8 @@ def main() -> int:
     parser.add_argument("--reasons", action="store_true", help="say what each test failed with")
     given = parser.parse_args()
     chosen = [Table.read(p) for p in tables() if any(fnmatch(p.stem, glob) for glob in given.globs)]
+    unsound = [fault for table in chosen for fault in faults(table)]
+    sys.stdout.write("".join(f"UNSOUND  {fault}\n" for fault in unsound))
     tasks: list[Callable[[Copy], Verdict]] = [partial(see_pass, table) for table in chosen if not given.only]
     tasks += [partial(judge, t, g) for t in chosen for g in t.guards if given.only in f"{g.line} {g.fails}"]
     count: Counter[str] = Counter()
@@ -128,8 +130,6 @@ def main() -> int:
         for verdict in verdicts(tasks, copies):
             count[verdict.status] += 1
             say(verdict, f"[{count.total():3}/{len(tasks)}]", reasons=given.reasons)
-    unsound = [fault for table in chosen for fault in faults(table)]
-    sys.stdout.write("".join(f"UNSOUND  {fault}\n" for fault in unsound))
     sys.stdout.write(", ".join(f"{n} {status}" for status, n in count.most_common()) + "\n")
     return int(not chosen or bool(unsound) or bool(set(count) - FINE))
 
