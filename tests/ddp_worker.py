@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import time
 import warnings
 import weakref
 from pathlib import Path
@@ -69,7 +70,11 @@ class Watch(StructuredPruning):
 
     def on_train_epoch_start(self, trainer, pl_module):
         self.old = weakref.ref(trainer.strategy.model)
-        super().on_train_epoch_start(trainer, pl_module)
+        try:
+            super().on_train_epoch_start(trainer, pl_module)
+        except Exception as error:
+            self._last_words(trainer.global_rank, error)
+            raise
         self._note(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer, pl_module):
@@ -79,6 +84,14 @@ class Watch(StructuredPruning):
     def on_fit_end(self, trainer, pl_module):
         if trainer.global_rank == 0:
             Path(self.out).write_text(json.dumps(self.rows))
+
+    def _last_words(self, rank, error):
+        """Write down what a rank fails with; the first to end takes the others along, so it waits a while."""
+        files = [Path(f"{self.out}.{which}") for which in range(dist.get_world_size())]
+        files[rank].write_text(f"{type(error).__name__}: {error}")
+        patience = time.monotonic() + 30
+        while time.monotonic() < patience and not all(file.exists() for file in files):
+            time.sleep(0.1)
 
     def _note(self, trainer, pl_module):
         evidence = self.pruner.collector.state_dict() if self.pruner is not None else {}

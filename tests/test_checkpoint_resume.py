@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from resume_worker import EPOCHS, save, train
 from test_callback import Net, Quiet, build, fit, pytestmark  # noqa: F401 - same filters
 from test_checkpoint_lightning import Cosine, Slow, digest, every_epoch, pruning
+from test_no_waiting import BrokenIdle, accelerator  # noqa: F401 - a fixture
 from torch import nn
 
 from lightning_prune import GroupNormPruner
@@ -56,6 +57,31 @@ def test_groups_that_rest_go_on_resting():
     other = GroupNormPruner.resume(net, X, state)
     assert other.regularizer.coefficients[0].tolist() == [0.0] * 8
     assert other.state_dict() == state
+    with torch.no_grad():
+        net.conv.weight[0] = 1.0
+    for each in (pruner, other):  # and until the weights are well, not until the gammas are due
+        each.regularizer.update_every = 9
+        each.regularize()
+    assert other.state_dict() == pruner.state_dict()
+    assert 0.0 not in other.regularizer.coefficients[0]
+
+
+@pytest.mark.usefixtures("accelerator")
+def test_what_a_device_has_found_is_told_by_the_run_that_goes_on(tmp_path):
+    """An accelerator is not asked between log intervals; a checkpoint may lie between."""
+
+    def run(policy, *callbacks, **options):
+        ours = Quiet(0.5, start_epoch=9, options={"nan_policy": policy})
+        return fit(build(BrokenIdle), ours, *callbacks, loader=Slow(), max_epochs=1, **options)
+
+    path = tmp_path / "step=3.ckpt"
+    with pytest.warns(UserWarning, match=r"'net.conv.weight' is not finite"):
+        run("skip", *save(tmp_path), enable_checkpointing=True)
+    with pytest.warns(UserWarning, match=r"'net.conv.weight' is not finite at or before step 4"):
+        resumed = run("skip", ckpt_path=path)
+    assert resumed.callback_metrics["prune/nonfinite_gradients"] == 1
+    with pytest.raises(PruneError, match=r"'net.conv.weight' is not finite at or before step 4"):
+        run("raise", ckpt_path=path)
 
 
 @pytest.mark.parametrize("budget", [{"params": 0.5}, {"macs": 0.5}])

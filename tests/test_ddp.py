@@ -42,6 +42,9 @@ def test_spawned_processes_need_a_prepared_model(tmp_path):
 
 
 def test_a_failure_on_rank_zero_ends_every_rank(tmp_path):
-    code, said = run(WORKER, tmp_path / "rows.json", "raises")
+    code, _ = run(WORKER, tmp_path / "rows.json", "raises")
     assert code != 0
-    assert "ZeroDivisionError" in said
+    assert [(tmp_path / f"rows.json.{rank}").read_text() for rank in (0, 1)] == [
+        "ZeroDivisionError: division by zero",
+        "PruneError: rank 0 could not plan the cut: ZeroDivisionError: division by zero",
+    ]

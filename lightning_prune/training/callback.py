@@ -290,7 +290,7 @@ class StructuredPruning(Callback):
             "initial": self._progress.initial,
             "base": self._base.as_dict(),
             "cut_epoch": self._cut_epoch,
-            "overflows": self._penalty.watch.count,
+            "overflows": self._penalty.watch.state_dict(),
             "report": self.report.state_dict(),
             "distiller": self._distiller.state_dict(),
         }
@@ -299,7 +299,7 @@ class StructuredPruning(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict
         self._cut_epoch = state_dict["cut_epoch"]
-        self._penalty.watch.count = state_dict["overflows"]
+        self._penalty.watch.load_state_dict(state_dict["overflows"])
         self.report.load_state_dict(state_dict["report"])
         # Tuners save and restore in the middle of a fit, where the pruner is alive already.
         self._resume()

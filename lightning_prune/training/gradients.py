@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -102,6 +103,7 @@ class GradientWatch:
         self._told_of_rounding = False
         self._wrong: dict[tuple[str, ...], Tensor] = {}  # whose gradients were wrong since the last check
         self._steps: Tensor | None = None  # number of such steps since then
+        self._left = (0, "")  # the same two from a checkpoint
         self.count = 0
 
     def share(self, trainer: Trainer, parameters: Mapping[str, Tensor]) -> float | Tensor:
@@ -135,18 +137,33 @@ class GradientWatch:
         Raises:
             PruneError: If a gradient was not finite, and the policy is ``raise``.
         """
-        if self._steps is None:
-            return
-        steps = int(self._steps)
+        steps, first = self._pending()
+        self._steps, self._wrong, self._left = None, {}, (0, "")
         if steps:
-            first = next(
-                name
-                for names, flags in self._wrong.items()
-                for name, wrong in zip(names, flags.tolist(), strict=True)
-                if wrong
-            )
-            self._steps, self._wrong = None, {}
             self._tell(first, steps, f"at or before step {trainer.global_step}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give counts as plain data, of what ``check`` has yet to tell, too. Waits for the device."""
+        return {"count": self.count, "pending": list(self._pending())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another watch stopped."""
+        steps, first = state["pending"]
+        self.count, self._left = state["count"], (steps, first)
+        self._steps, self._wrong = None, {}
+
+    def _pending(self) -> tuple[int, str]:
+        """Count steps since the last check that had something not finite, and name the first that was so."""
+        steps, first = self._left
+        if self._steps is None or not int(self._steps):
+            return steps, first
+        found = (
+            name
+            for names, flags in self._wrong.items()
+            for name, wrong in zip(names, flags.tolist(), strict=True)
+            if wrong
+        )
+        return steps + int(self._steps), first or next(found)
 
     def _on_device(self, grads: Mapping[str, Tensor]) -> float | Tensor:
         """Judge without waiting. The largest magnitude is finite exactly if all elements are."""
