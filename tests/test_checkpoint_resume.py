@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from resume_worker import EPOCHS, save, train
 from test_callback import Net, Quiet, build, fit, pytestmark  # noqa: F401 - same filters
-from test_checkpoint_lightning import Cosine, Slow, digest, every_epoch, pruning
+from test_checkpoint_lightning import Cosine, Images, Judged, Slow, digest, every_epoch, pruning
 from test_no_waiting import BrokenIdle, accelerator  # noqa: F401 - a fixture
 from torch import nn
 
@@ -64,6 +64,29 @@ def test_groups_that_rest_go_on_resting():
         each.regularize()
     assert other.state_dict() == pruner.state_dict()
     assert 0.0 not in other.regularizer.coefficients[0]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*compares epochs before and after the cut", "ignore:Checkpoint directory"
+)
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_a_fit_goes_on_from_the_last_checkpoint_or_the_best(tmp_path, name):
+    """The best one is of the dense network, and the model has been further."""
+
+    def run(model, epochs):
+        saver = every_epoch(tmp_path, save_last=True, monitor="val_acc", mode="min")
+        options = {"loader": Images(), "num_sanity_val_steps": 0, "enable_checkpointing": True}
+        return fit(model, pruning(), saver, max_epochs=epochs, **options)
+
+    model = build(Judged)
+    begun, whole = run(model, 3), fit(build(Judged), pruning(), loader=Images(), max_epochs=5)
+    assert (model.net.conv.out_channels, begun.checkpoint_callback.best_model_path[-12:]) == (
+        5,
+        "epoch=0.ckpt",
+    )
+    begun.fit_loop.max_epochs = 5
+    begun.fit(model, Images(), ckpt_path=name)
+    assert digest(begun) == digest(whole)
 
 
 @pytest.mark.usefixtures("accelerator")
