@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from lightning_prune.errors import OptionError
@@ -48,6 +49,7 @@ class PruningOptions:
         reg: Strength of the sparsity penalty, >= 0.
         alpha: The weakest unit is pressed ``2 ** alpha`` times as hard as the strongest, in [0, 64].
         nan_policy: What non-finite numbers do: ``raise``, ``skip`` or ``zero``.
+        fused: Press weights on a CPU by native loops, in about half the time; needs the extra ``fused``.
         forward_fn: ``forward_fn(model, example_inputs)`` replaces the call of the model.
         output_transform: Applied to the output of the traced forward.
     """
@@ -75,6 +77,7 @@ class PruningOptions:
     reg: float = 1e-4
     alpha: float = 4.0
     nan_policy: str = "skip"
+    fused: bool = False
     forward_fn: Callable[..., Any] | None = None
     output_transform: Callable[..., Any] | None = None
 
@@ -88,8 +91,18 @@ class PruningOptions:
         _share("head_pruning_ratio", self.head_pruning_ratio)
         for name in ("pruning_ratio_dict", "head_pruning_ratio_dict"):
             _shares(name, getattr(self, name))
-        for name in ("global_pruning", "isomorphic", "prune_num_heads", "prune_head_dims", "include_bias"):
+        flags = (
+            "global_pruning",
+            "isomorphic",
+            "prune_num_heads",
+            "prune_head_dims",
+            "include_bias",
+            "fused",
+        )
+        for name in flags:
             _one_of(name, getattr(self, name), (True, False))
+        if self.fused:
+            _installed("fused", "numba")
         _one_of("nan_policy", self.nan_policy, ("raise", "skip", "zero"))
         _number("reg", self.reg, float("inf"))
         _number("alpha", self.alpha, 64.0)
@@ -128,6 +141,14 @@ def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
 def _number(name: str, value: Any, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= high:
         raise OptionError(f"{name} must be a number in [0, {high:g}], got {value!r}")
+
+
+def _installed(name: str, package: str) -> None:
+    if find_spec(package) is None:
+        raise OptionError(
+            f"{name}=True needs {package}, which is not installed: pip install 'lightning-prune[{name}]', "
+            f"or leave {name}=False"
+        )
 
 
 def _multiple(name: str, value: Any) -> None:

@@ -110,6 +110,7 @@ class GroupNormPruner(Questions):
         reg: float = 1e-4,
         alpha: float = 4.0,
         nan_policy: str = "skip",
+        fused: bool = False,
         forward_fn: Callable[..., Any] | None = None,
         output_transform: Callable[..., Any] | None = None,
     ) -> None:
@@ -297,6 +298,7 @@ class GroupNormPruner(Questions):
                 alpha=self.options.alpha,
                 include_bias=self.options.include_bias,
                 nan_policy=self.options.nan_policy,
+                fused=self.options.fused,
             )
         return self._regularizer
 

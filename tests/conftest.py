@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 torch.set_num_threads(1)  # pytest-xdist runs one process per core
 
+REGULARIZER = "lightning_prune.scores.regularizer"  # imported when it is needed
 # Lightning sets these itself (seed_everything, deterministic=True).
 SET_BY_LIGHTNING = {"PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUBLAS_WORKSPACE_CONFIG"}
 
@@ -89,3 +90,11 @@ def no_leaks() -> Iterator[None]:
         if watched.get(name) != left.get(name)
     }
     assert not changed, f"the test left global state changed (before, after): {changed}"
+
+
+@pytest.fixture(params=[False, True], ids=["torch", "fused"])
+def every_loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a test of the regulariser run with PyTorch's operations and with the native loops."""
+    monkeypatch.setitem(
+        import_module(REGULARIZER).Regularizer.__init__.__kwdefaults__, "fused", request.param
+    )

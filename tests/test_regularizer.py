@@ -27,6 +27,8 @@ from lightning_prune.scores import regularizer as module
 from lightning_prune.scores.layout import plan_blocks
 from lightning_prune.scores.regularizer import Regularizer
 
+pytestmark = pytest.mark.usefixtures("every_loop")
+
 
 @pytest.mark.parametrize("include_bias", [False, True])
 @pytest.mark.parametrize(("reg", "alpha"), [(1e-4, 4.0), (0.3, 4.0), (0.3, 0.0), (1e-2, 9.5)])

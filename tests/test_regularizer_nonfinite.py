@@ -24,6 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_prune.errors import PruneError
 from lightning_prune.scores.regularizer import Regularizer
 
+pytestmark = pytest.mark.usefixtures("every_loop")
+
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_skip_lets_the_groups_of_a_non_finite_weight_rest_and_no_others(bad):

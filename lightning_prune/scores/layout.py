@@ -15,7 +15,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-__all__ = ["Block", "Slot", "plan_blocks"]
+__all__ = ["PIECES", "Block", "Slot", "plan_blocks", "unrepeat"]
 
 # Trailing axes shorter than this are folded into the one before: loops over 9 elements of a 3x3 kernel cost
 # three times as much as one loop over a row.
@@ -108,7 +108,7 @@ class Block:
                 else:
                     found.append(part)
         totals = [_joined(found, slot) for found, slot in zip(parts, self.slots, strict=True)]
-        return [_unrepeat(total, s.repeat) for s, total in zip(self.slots, totals, strict=True)]
+        return [unrepeat(total, s.repeat) for s, total in zip(self.slots, totals, strict=True)]
 
     def spread(self, flat: Tensor) -> list[Tensor]:
         """Shape one number per position, [all positions], for broadcasting against the view; one per slot."""
@@ -184,7 +184,8 @@ def _joined(found: Sequence[Tensor], slot: Slot) -> Tensor:
     return total
 
 
-def _unrepeat(total: Tensor, times: int) -> Tensor:
+def unrepeat(total: Tensor, times: int) -> Tensor:
+    """Add up the places at which each position stands."""
     return total.view(-1, times).sum(1) if times > 1 else total
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lightning_prune.errors import OptionError, PruneError, StaleGraphError
 from lightning_prune.graph.groups import Group
+from lightning_prune.scores import fused as native
 from lightning_prune.scores.layout import plan_blocks
 from lightning_prune.scores.members import (
     answers_at_once,
@@ -61,6 +62,8 @@ class Regularizer:
             at once, before anything is written; an accelerator is not waited for, there the groups rest
             until ``check`` warns or raises. Nothing non-finite is written under any policy.
         update_every: Scores and gammas are computed anew every so many calls of ``apply``.
+        fused: On a CPU, let loops that Numba compiles do in one pass what PyTorch does in several. The last
+            digits differ.
 
     Raises:
         OptionError: If an option is out of range.
@@ -87,6 +90,7 @@ class Regularizer:
         include_bias: bool = False,
         nan_policy: str = "skip",
         update_every: int = 1,
+        fused: bool = False,
     ) -> None:
         self.reg = check_number("reg", reg, math.inf)
         self.alpha = check_number("alpha", alpha, MAX_ALPHA)
@@ -94,6 +98,7 @@ class Regularizer:
         if isinstance(update_every, bool) or not isinstance(update_every, int) or update_every < 1:
             raise OptionError(f"update_every must be a whole number of at least 1, got {update_every!r}")
         self.update_every = update_every
+        self._fused = fused
         self._groups = [g for g in groups if g.n_units]
         self._parameters = dict(tensors)
         self._members = [scored_members(g, tensors, include_bias=include_bias) for g in self._groups]
@@ -264,7 +269,10 @@ class Regularizer:
         parts = [torch.cat([v.flatten() for v in views[:n]]).to(self._dtype).square()] if n else []
         scratch = torch.empty(self._scratch, dtype=self._dtype, device=self._device)
         for block, view, step in zip(self._blocks[n:], views[n:], self._steps[n:], strict=True):
-            parts += block.sums(view, scratch, step)
+            if self._fused and native.serves(block, view, scratch):
+                parts += native.sums(block, view)
+            else:
+                parts += block.sums(view, scratch, step)
         return torch.cat(parts)
 
     def _set_gamma(self, scores: Tensor) -> None:
@@ -333,7 +341,10 @@ class Regularizer:
                 targets.append(grad)
                 updates.append(torch.zeros_like(parameter))
                 into = block.look(real(updates[-1]))
-            block.add_scaled(into, view, factors, scratch, step=step, clean=clean)
+            if self._fused and not clean and native.serves(block, view, into, *factors):
+                native.add_scaled(block, into, view, factors)
+            else:
+                block.add_scaled(into, view, factors, scratch, step=step, clean=clean)
         if targets:
             torch._foreach_add_(targets, updates)
 

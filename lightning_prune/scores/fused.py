@@ -1,0 +1,92 @@
+"""Fused: one native loop over a tensor where PyTorch takes several operations, each with a pass of its own.
+
+Sums over rows and over columns come out of one reading, and the gradient is written in one pass without any
+coefficients in memory. Numba compiles the loops when they are first used. They serve contiguous tensors of
+two axes on a CPU, float32 or float64, which is nearly all that convolutions and linear layers own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import import_module
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lightning_prune.scores.layout import PIECES, Block, unrepeat
+
+__all__ = ["add_scaled", "serves", "sums"]
+
+Array: TypeAlias = npt.NDArray[np.floating[Any]]
+Loop: TypeAlias = Callable[..., None]
+# Sums may be made in another order and with fused multiplications; NaN and infinity stay what they are.
+FAST = {"reassoc", "contract", "nsz"}
+
+
+def serves(block: Block, *tensors: Tensor) -> bool:
+    """Whether the loops can work on these tensors, seen through ``block.look``."""
+    first = tensors[0]
+    plain = first.device.type == "cpu" and first.dtype in (torch.float32, torch.float64)
+    alike = all(t.is_contiguous() and t.dtype == first.dtype and t.device == first.device for t in tensors)
+    return plain and alike and len(block.view) == 2 and all(len(s.reduce) == 1 for s in block.slots)
+
+
+def sums(block: Block, tensor: Tensor) -> list[Tensor]:
+    """Do what ``Block.sums`` does, in one reading."""
+    columns = tensor.new_empty(PIECES, block.view[1])
+    rows = tensor.new_empty(block.view[0])
+    _loops()[0](tensor.numpy(), rows.numpy(), columns.numpy())
+    total = columns.sum(0)
+    return [unrepeat(total, s.repeat) if s.reduce == (0,) else rows for s in block.slots]
+
+
+def add_scaled(block: Block, target: Tensor, tensor: Tensor, factors: Sequence[Tensor]) -> None:
+    """Do what ``Block.add_scaled`` does for finite elements, in one pass; ``factors`` are from ``spread``."""
+    by_row, by_column = tensor.new_zeros(block.view[0]), tensor.new_zeros(block.view[1])
+    for slot, factor in zip(block.slots, factors, strict=True):
+        (by_column if slot.reduce == (0,) else by_row).add_(factor.flatten())
+    _loops()[1](target.numpy(), tensor.numpy(), by_row.numpy(), by_column.numpy())
+
+
+def _loops() -> tuple[Loop, Loop]:
+    """Give the loops, to run on as many cores as PyTorch may use."""
+    numba, *loops = _compiled()
+    numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))
+    return loops[0], loops[1]
+
+
+@cache
+def _compiled() -> tuple[Any, Loop, Loop]:
+    """Numba and the loops, typed at their first call."""
+    numba = import_module("numba")
+    prange = numba.prange
+
+    def square_sums(values: Array, rows: Array, columns: Array) -> None:
+        """Sum the squares of each row, and of each column in pieces of rows."""
+        height, width = values.shape
+        pieces = columns.shape[0]
+        for piece in prange(pieces):
+            column = columns[piece]
+            column[:] = 0
+            for r in range(piece * height // pieces, (piece + 1) * height // pieces):
+                total = values.dtype.type(0)
+                for c in range(width):
+                    square = values[r, c] * values[r, c]
+                    column[c] += square
+                    total += square
+                rows[r] = total
+
+    def add_products(target: Array, values: Array, by_row: Array, by_column: Array) -> None:
+        """Add each element times the sum of its row's and its column's factor."""
+        height, width = values.shape
+        for r in prange(height):
+            factor = by_row[r]
+            for c in range(width):
+                target[r, c] += values[r, c] * (factor + by_column[c])
+
+    native = numba.njit(parallel=True, fastmath=FAST, nogil=True)
+    return numba, native(square_sums), native(add_products)
