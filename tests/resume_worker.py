@@ -21,6 +21,7 @@ AVERAGES = {
     "none": list,
     "mean": lambda: [WeightAveraging()],
     "ema": lambda: [EMAWeightAveraging(decay=0.5)],
+    "epochs": lambda: [EMAWeightAveraging(decay=0.5, update_starting_at_epoch=1)],
     "swa": lambda: [StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=3)],  # from epoch 2 on
 }
 
@@ -38,10 +39,10 @@ class Linger(Callback):
             time.sleep(60)
 
 
-def train(kind, *callbacks, ours_first=True, prune=True, **options):
+def train(kind, *callbacks, ours_first=True, prune=True, dtype=torch.float32, **options):
     ours = [pruning(update_every=3)] if prune else []
     both = [*ours, *AVERAGES[kind]()] if ours_first else [*AVERAGES[kind](), *ours]
-    model = build(Cosine, optimizer="adamw")
+    model = build(Cosine, optimizer="adamw").to(dtype)
     return fit(model, *both, *callbacks, max_epochs=EPOCHS, loader=Slow(), **options)
 
 

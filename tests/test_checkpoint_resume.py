@@ -173,6 +173,25 @@ def test_stochastic_averaging_goes_on_at_the_end_of_an_epoch_alone(tmp_path, pru
     assert digest(resumed) != digest(whole), "from the last epoch"
 
 
+@pytest.mark.parametrize("prune", [True, False])
+def test_an_average_of_epochs_misses_the_epoch_whose_end_was_not_saved(tmp_path, prune):
+    """Lightning leaves that end out, with pruning or without."""
+    whole = train("epochs", *save(tmp_path), enable_checkpointing=True, prune=prune)
+    for name in ("step=7", "step=8", "epoch=1", "step=9"):
+        resumed = train("epochs", ckpt_path=tmp_path / f"{name}.ckpt", prune=prune)
+        assert (digest(resumed) == digest(whole)) == (name != "step=8"), f"from {name}"
+
+
+@pytest.mark.parametrize("prune", [True, False])
+def test_double_precision_resumes_where_the_module_is_built_in_it(tmp_path, prune):
+    """Lightning loads before it converts, with pruning or without."""
+    options = {"precision": "64-true", "prune": prune}
+    whole = train("none", *save(tmp_path), enable_checkpointing=True, **options)
+    for dtype in (torch.float64, torch.float32):
+        resumed = train("none", ckpt_path=tmp_path / "step=6.ckpt", dtype=dtype, **options)
+        assert (digest(resumed) == digest(whole)) == (dtype == torch.float64)
+
+
 def start(*arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(WORKER), *map(str, arguments)]
