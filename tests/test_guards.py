@@ -62,7 +62,7 @@ REPORT = """<testsuites><testsuite>
 def test_only_an_assertion_or_an_error_in_the_test_counts_as_its_failure(tmp_path):
     (tmp_path / "report.xml").write_text(REPORT)
     found = outcomes(tmp_path / "report.xml")
-    assert found["test_f"] == Found(1, ("assert 1 == 2",))
-    assert found["test_s"] == Found(0, ())  # neither passes nor fails
-    assert [name for name, each in found.items() if each.fails] == ["test_f"]
+    assert found["test_f"] == Found(("test_f[2]",), (("test_f[1]", "assert 1 == 2"),))
+    assert found["test_s"] == Found()  # neither passes nor fails
+    assert {name: each.seen for name, each in found.items() if each.seen} == {"test_f": {"test_f[1]"}}
     assert found.keys() == {"test_f", "TestG::test_g", "test_h", "test_s"}

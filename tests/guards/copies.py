@@ -24,20 +24,20 @@ _SENSELESS = re.compile(
 
 @dataclass(frozen=True)
 class Found:
-    """What became of one test, over its cases.
+    """What became of one test.
 
     Args:
-        passed: Number of cases that passed.
-        reasons: What each failed case said.
+        passed: Its cases that passed, by their whole names.
+        failed: Those that failed, each with what it said.
     """
 
-    passed: int = 0
-    reasons: tuple[str, ...] = ()
+    passed: tuple[str, ...] = ()
+    failed: tuple[tuple[str, str], ...] = ()
 
     @property
-    def fails(self) -> bool:
-        """Whether a case failed by an assertion or an error, not because the code makes no sense any more."""
-        return any(not _SENSELESS.search(reason) for reason in self.reasons)
+    def seen(self) -> set[str]:
+        """Cases that failed by an assertion or an error, not because the code makes no sense any more."""
+        return {case for case, said in self.failed if not _SENSELESS.search(said)}
 
 
 class Copy:
@@ -121,15 +121,14 @@ def _serve(folder: Path) -> subprocess.Popen[str]:
 
 
 def outcomes(report: Path) -> dict[str, Found]:
-    """Read a JUnit report; a file that could not be collected has no tests in it."""
+    """Read a JUnit report, by test; a file that could not be collected has no tests in it."""
     found: dict[str, Found] = {}
     for case in ElementTree.parse(report).iter("testcase"):
-        place = case.get("classname")  # tests.test_x.TestClass
-        if not place:
+        if not (place := case.get("classname")):  # tests.test_x.TestClass
             continue
-        name = "::".join([*place.split(".")[2:], case.get("name", "").partition("[")[0]])
-        bad = [child for child in case if child.tag in {"failure", "error"}]
-        before = found.get(name, Found())
-        reasons = tuple(" ".join(child.get("message", "").split()) for child in bad)
-        found[name] = Found(before.passed + (len(case) == 0), before.reasons + reasons)
+        whole = "::".join([*place.split(".")[2:], case.get("name", "")])
+        said = " ".join(c.get("message", "") for c in case if c.tag in {"failure", "error"}).split()
+        before = found.setdefault(name := whole.partition("[")[0], Found())
+        passed, failed = (whole,) * (len(case) == 0), ((whole, " ".join(said)),) * bool(said)
+        found[name] = Found(before.passed + passed, before.failed + failed)
     return found

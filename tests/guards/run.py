@@ -32,9 +32,10 @@ class Verdict:
 
     status: str
     seconds: float
+    table: str
     about: str
+    found: dict[str, Found]
     detail: str = ""
-    reasons: tuple[str, ...] = ()
 
 
 def judge(table: Table, guard: Guard, copy: Copy) -> Verdict:
@@ -51,13 +52,13 @@ def judge(table: Table, guard: Guard, copy: Copy) -> Verdict:
     except TimeoutError:
         status = "SLOW"
     else:
-        alive = [name for name in names if name not in found or not found[name].fails]
+        alive = [name for name in names if name not in found or not found[name].seen]
         if alive:
             status, detail = "SURVIVED", f"passes all the same: {', '.join(alive)}"
         elif not names:
             status, detail = "left out", "needs a GPU: --gpu"
-    about = f"{table.name}  {guard.file}: {' '.join(guard.line.split())[:70]}"
-    return Verdict(status, time.monotonic() - start, about, detail, _reasons(found))
+    about = f"{guard.file}: {' '.join(guard.line.split())[:70]}"
+    return Verdict(status, time.monotonic() - start, table.name, about, found, detail)
 
 
 def see_pass(table: Table, copy: Copy) -> Verdict:
@@ -65,20 +66,16 @@ def see_pass(table: Table, copy: Copy) -> Verdict:
     start = time.monotonic()
     names = sorted(_here(table, {name for guard in table.guards for name in guard.fails}, copy))
     found = copy.run(table.tests, names) if names else {}
-    bad = [name for name in names if name not in found or found[name].reasons or not found[name].passed]
-    about = f"{table.name}  {len(names)} tests, nothing changed"
-    detail = f"does not pass: {', '.join(bad)}" if bad else ""
-    return Verdict("FAILED" if bad else "passed", time.monotonic() - start, about, detail, _reasons(found))
+    bad = [name for name in names if name not in found or found[name].failed or not found[name].passed]
+    status, detail = ("FAILED", f"does not pass: {', '.join(bad)}") if bad else ("passed", "")
+    about = f"{len(names)} tests, nothing changed"
+    return Verdict(status, time.monotonic() - start, table.name, about, found, detail)
 
 
 def _here(table: Table, names: Iterable[str], copy: Copy) -> list[str]:
     """Choose the tests that this machine can run."""
     known = marks(ROOT / table.tests)
     return [name for name in names if copy.gpu or "gpu" not in known.get(name, ())]
-
-
-def _reasons(found: dict[str, Found]) -> tuple[str, ...]:
-    return tuple(f"{name}: {reason[:160]}" for name, each in found.items() for reason in each.reasons[:1])
 
 
 def verdicts(tasks: list[Callable[[Copy], Verdict]], copies: list[Copy]) -> Iterator[Verdict]:
@@ -101,10 +98,21 @@ def verdicts(tasks: list[Callable[[Copy], Verdict]], copies: list[Copy]) -> Iter
 
 def say(v: Verdict, place: str, *, reasons: bool) -> None:
     """Print a verdict."""
-    lines = [f"{place} {v.status:8} {v.seconds:6.1f} s  {v.about}", *([v.detail] if v.detail else [])]
-    lines += v.reasons if reasons or v.status not in FINE else ()
+    lines = [
+        f"{place} {v.status:8} {v.seconds:6.1f} s  {v.table}  {v.about}",
+        *([v.detail] if v.detail else []),
+    ]
+    said = [each.failed[0] for each in v.found.values() if each.failed]
+    lines += [f"{case}: {why[:160]}" for case, why in said if reasons or v.status not in FINE]
     sys.stdout.write("\n         ".join(lines) + "\n")
     sys.stdout.flush()
+
+
+def unseen(done: list[Verdict]) -> list[str]:
+    """Name the cases that passed with nothing changed and were not seen to fail under any guard of theirs."""
+    cases = {(v.table, c) for v in done if v.status == "passed" for f in v.found.values() for c in f.passed}
+    failed = {(v.table, c) for v in done for f in v.found.values() for c in f.seen}
+    return [f"{table}  {case}" for table, case in sorted(cases - failed)]
 
 
 def main() -> int:
@@ -123,13 +131,16 @@ def main() -> int:
     sys.stdout.write("".join(f"UNSOUND  {fault}\n" for fault in unsound))
     tasks: list[Callable[[Copy], Verdict]] = [partial(see_pass, table) for table in chosen if not given.only]
     tasks += [partial(judge, t, g) for t in chosen for g in t.guards if given.only in f"{g.line} {g.fails}"]
-    count: Counter[str] = Counter()
+    done: list[Verdict] = []
     with TemporaryDirectory() as folder, ExitStack() as stack:
         folders = [Path(folder, str(number)) for number in range(given.jobs)]
         copies = [stack.enter_context(closing(Copy(each, gpu=given.gpu))) for each in folders]
         for verdict in verdicts(tasks, copies):
-            count[verdict.status] += 1
-            say(verdict, f"[{count.total():3}/{len(tasks)}]", reasons=given.reasons)
+            done.append(verdict)
+            say(verdict, f"[{len(done):3}/{len(tasks)}]", reasons=given.reasons)
+    left = unseen(done)
+    sys.stdout.write("".join(f"no guard makes it fail: {case}\n" for case in left))
+    count = Counter(verdict.status for verdict in done)
     sys.stdout.write(", ".join(f"{n} {status}" for status, n in count.most_common()) + "\n")
     return int(not chosen or bool(unsound) or bool(set(count) - FINE))
 

@@ -52,11 +52,13 @@ def run(arguments: list[str]) -> NoReturn:
 def wait(child: int) -> str:
     """Wait for a run, and end it and what it left behind."""
     end, done = time.monotonic() + LIMIT, 0
-    while not done and time.monotonic() < end:
-        time.sleep(0.02)
-        done, _ = os.waitpid(child, os.WNOHANG)
-    with suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
+    try:
+        while not done and time.monotonic() < end:
+            time.sleep(0.02)
+            done, _ = os.waitpid(child, os.WNOHANG)
+    finally:  # Ctrl-C too
+        with suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
     if not done:
         os.waitpid(child, 0)
     return "done" if done else "late"
