@@ -131,6 +131,18 @@ class Slow:
         self.next = state["next"]
 
 
+def test_a_run_may_go_back_between_two_cuts(tmp_path):
+    """The structure is that of the live pruner; the weights of its penalty are later ones."""
+    steps = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+    model, callback = build(Cosine), pruning(update_every=3)
+    whole = fit(model, callback, steps, max_epochs=2, loader=Slow(), enable_checkpointing=True)
+    expected = digest(whole)
+    for step in (7, 5, 6):
+        path = tmp_path / f"step={step}.ckpt"
+        again = fit(model, callback, ckpt_path=path, max_epochs=2, loader=Slow())
+        assert digest(again) == expected, f"from step {step}"
+
+
 def test_resuming_in_the_middle_of_an_epoch_gives_the_same_bits(tmp_path):
     steps = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
     whole = fit(build(Cosine), pruning(), steps, max_epochs=3, loader=Slow(), enable_checkpointing=True)
