@@ -109,6 +109,15 @@ def test_a_mixed_model_equals_autograd():
     assert_added(tensors, start, naive_gradients(groups, tensors, 0.1))
 
 
+def test_a_fork_of_a_process_that_ran_them_is_left_to_pytorch(monkeypatch):
+    """OpenMP would end it with a signal."""
+    weight = torch.randn(8, 6)
+    block = block_of(weight, 0, 1)
+    fused.sums(block, weight)
+    monkeypatch.setattr(fused.os, "getpid", lambda: -1)
+    assert not fused.serves(block, weight)
+
+
 def test_without_numba_the_option_is_refused_at_once(monkeypatch):
     monkeypatch.setattr("lightning_prune.options.find_spec", lambda name: None)
     assert PruningOptions().fused is False

@@ -7,6 +7,7 @@ two axes on a CPU, float32 or float64, which is nearly all that convolutions and
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
@@ -29,6 +30,8 @@ FAST = {"reassoc", "contract", "nsz"}
 
 def serves(block: Block, *tensors: Tensor) -> bool:
     """Whether the loops can work on these tensors, seen through ``block.look``."""
+    if _compiled.cache_info().currsize and _compiled()[0] != os.getpid():
+        return False  # a fork of the process that ran them: its threads are gone, and OpenMP would end it
     first = tensors[0]
     plain = first.device.type == "cpu" and first.dtype in (torch.float32, torch.float64)
     alike = all(t.is_contiguous() and t.dtype == first.dtype and t.device == first.device for t in tensors)
@@ -54,14 +57,14 @@ def add_scaled(block: Block, target: Tensor, tensor: Tensor, factors: Sequence[T
 
 def _loops() -> tuple[Loop, Loop]:
     """Give the loops, to run on as many cores as PyTorch may use."""
-    numba, *loops = _compiled()
+    _, numba, *loops = _compiled()
     numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))
     return loops[0], loops[1]
 
 
 @cache
-def _compiled() -> tuple[Any, Loop, Loop]:
-    """Numba and the loops, typed at their first call."""
+def _compiled() -> tuple[int, Any, Loop, Loop]:
+    """Give the process, Numba and the loops, which are typed at their first call."""
     numba = import_module("numba")
     prange = numba.prange
 
@@ -89,4 +92,4 @@ def _compiled() -> tuple[Any, Loop, Loop]:
                 target[r, c] += values[r, c] * (factor + by_column[c])
 
     native = numba.njit(parallel=True, fastmath=FAST, nogil=True)
-    return numba, native(square_sums), native(add_products)
+    return os.getpid(), numba, native(square_sums), native(add_products)

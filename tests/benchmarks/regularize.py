@@ -12,29 +12,39 @@ from benchmarks.figure import Figure, Settings
 from benchmarks.subjects import Subject, build
 
 MODELS = ("resnet50", "vit_b_16")
+# What presses the weights, and the value of ``fused`` for it.
+LOOPS = {"cpu": {"by PyTorch": False, "fused": True}, "cuda": {"by PyTorch": False}}
 
 
 def regularize(settings: Settings) -> Iterator[Figure]:
     """Both libraries with scores fresh in every step, on the same model and gradients."""
     for name in settings.pick(MODELS):
         subject = build(name, seed=settings.seed, device=settings.device).with_gradients()
-        mine, other = ours(subject), theirs(subject)
-        jobs: dict[str, Job] = {"ours": mine.regularize, "theirs": partial(other.regularize, subject.model)}
+        other = theirs(subject)
+        jobs: dict[str, Job] = {"theirs": partial(other.regularize, subject.model)}
+        for loops, fused in LOOPS[settings.device].items():
+            jobs[loops] = ours(subject, fused=fused).regularize
         times = _times(jobs, settings)
-        yield _figure("regularize", subject, "regularize(), ours / theirs", times, ("ours", "theirs"), 0.1)
+        for loops in LOOPS[settings.device]:
+            what = f"regularize() {loops}, ours / theirs"
+            yield _figure("regularize", subject, what, times, (loops, "theirs"), 0.1)
 
 
 def optimizer(settings: Settings) -> Iterator[Figure]:
     """Ours beside one SGD step of the same model, scores fresh in every step or kept."""
     for name in settings.pick(MODELS):
         subject = build(name, seed=settings.seed, device=settings.device).with_gradients()
-        fresh, cached = ours(subject), ours(subject)
-        cached.regularizer.update_every = 10**9
         sgd = torch.optim.SGD(subject.model.parameters(), lr=1e-6, momentum=0.9, foreach=True)
-        times = _times({"fresh": fresh.regularize, "cached": cached.regularize, "SGD": sgd.step}, settings)
-        for kind, limit in (("fresh", 2.0), ("cached", 1.0)):
-            what = f"regularize() with {kind} scores / SGD(momentum, foreach).step()"
-            yield _figure("optimizer", subject, what, times, (kind, "SGD"), limit)
+        jobs: dict[str, Job] = {"SGD": sgd.step}
+        for loops, fused in LOOPS[settings.device].items():
+            fresh, cached = ours(subject, fused=fused), ours(subject, fused=fused)
+            cached.regularizer.update_every = 10**9
+            jobs |= {f"fresh scores, {loops}": fresh.regularize, f"cached scores, {loops}": cached.regularize}
+        times = _times(jobs, settings)
+        for job in list(jobs)[1:]:
+            what = f"regularize() with {job} / SGD(momentum, foreach).step()"
+            limit = 2.0 if job.startswith("fresh") else 1.0
+            yield _figure("optimizer", subject, what, times, (job, "SGD"), limit)
 
 
 def _times(jobs: Mapping[str, Job], settings: Settings) -> dict[str, list[float]]:
