@@ -12,7 +12,7 @@ MANIFEST := pyproject.toml constraints.txt
 marked = $(shell grep -l 'mark\.$(1)\b' tests/test_*.py tests/*/test_*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-oldest guards zoo bench check format docs build lock clean
+.PHONY: help setup demo test test-all test-gpu test-oldest guards zoo bench check format docs build lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F '\t' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -56,9 +56,13 @@ test-all: $(VENV)/.zoo ## Run every test except the benchmarks and those that ne
 	$(if $(call marked,zoo),$(WITH_ZOO) $(PYTEST) -n $(JOBS) -m "(zoo or zoo_fast) and not gpu" tests)
 	$(if $(call marked,multiprocess),$(PYTEST) -m "multiprocess and not gpu" $(call marked,multiprocess))
 
+test-gpu: $(VENV)/.dev ## Run the tests that need a CUDA device
+	@$(BIN)/python -c "import torch; exit(None if torch.cuda.is_available() else 'PyTorch finds no CUDA device')"
+	$(PYTEST) -m gpu $(call marked,gpu)
+
 # The lower bounds of pyproject.toml become pins; what it does not name itself stays as in constraints.txt.
 OLDEST := $(VENV)-oldest
-test-oldest: ## Run the fast tests with the oldest dependencies that pyproject.toml allows
+test-oldest: ## Run the tests, those that start processes too, with the oldest dependencies that pyproject.toml allows
 	$(PYTHON) -m venv $(OLDEST)
 	$(PYTHON) -c "import tomllib; \
 		print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
@@ -67,6 +71,7 @@ test-oldest: ## Run the fast tests with the oldest dependencies that pyproject.t
 	grep -v -f $(OLDEST)/names.txt constraints.txt >> $(OLDEST)/pins.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/pins.txt --editable '.[dev]'
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS) tests
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m "multiprocess and not slow and not gpu" $(call marked,multiprocess)
 
 guards: $(VENV)/.dev ## Remove each guarded line and see its tests fail (GUARDS="test_check*": those tables alone)
 	$(BIN)/python tests/guards/run.py --jobs $(JOBS) $(GUARDS)

@@ -31,6 +31,7 @@ from lightning_prune.training.recalibrating import recalibrate
 from lightning_prune.training.strategies import (
     averaged_copies,
     callbacks_of,
+    check_parameters,
     check_set_up,
     decide_on_rank_zero,
     eager,
@@ -170,6 +171,7 @@ class StructuredPruning(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_parameters(pl_module)
         target = self._target(pl_module)
         lives_on = self.pruner is not None and self.pruner.model is target
         if lives_on and plan_of(target) == self._base.then(self.pruner.plan):  # type: ignore[union-attr]

@@ -26,6 +26,7 @@ from lightning_prune.errors import PruneError, StrategyError
 __all__ = [
     "averaged_copies",
     "callbacks_of",
+    "check_parameters",
     "check_set_up",
     "decide_on_rank_zero",
     "eager",
@@ -45,9 +46,9 @@ def check_set_up(trainer: Trainer, pl_module: LightningModule) -> None:
     """Refuse what cannot be pruned in the middle of a fit.
 
     Raises:
-        StrategyError: If the strategy keeps flattened or sharded copies of the parameters, if a parameter
-            is sharded already or has no shape yet, or if the Trainer comes from another distribution of
-            Lightning.
+        StrategyError: If the strategy keeps flattened or sharded copies of the parameters or state that is
+            shaped like them, if a parameter is sharded already or has no shape yet, or if the Trainer comes
+            from another distribution of Lightning.
     """
     if not isinstance(trainer, Trainer):
         raise StrategyError(
@@ -61,14 +62,40 @@ def check_set_up(trainer: Trainer, pl_module: LightningModule) -> None:
             f"{type(trainer.strategy).__name__}, which keeps flattened or sharded copies of the parameters; "
             "prune before sharding (in configure_model), or use DDP"
         )
+    if isinstance(trainer.strategy, DDPStrategy):
+        _check_communication(trainer.strategy)
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and not is_prepared(pl_module):
         raise StrategyError(
             "the strategy fits in spawned processes and loads the trained weights into a model that no "
             "callback has seen; call lightning_prune.prepare(model) before trainer.fit, or let its class "
             "inherit PrunableMixin"
         )
+    check_parameters(pl_module)
+
+
+def check_parameters(pl_module: LightningModule) -> None:
+    """Refuse parameters that cannot be cut; once more after ``configure_model``, which may have made them.
+
+    Raises:
+        StrategyError: If one is sharded already or has no shape yet.
+    """
     for name, tensor in pl_module.named_parameters():
         _check_parameter(name, tensor)
+
+
+def _check_communication(strategy: DDPStrategy) -> None:
+    """PowerSGD keeps errors per bucket, local SGD means of the parameters: both in shapes that a cut ends."""
+    state, period = strategy._ddp_comm_state, strategy._model_averaging_period
+    if state is not None or period is not None:
+        found = (
+            f"ddp_comm_state={type(state).__name__}"
+            if state is not None
+            else f"model_averaging_period={period}"
+        )
+        raise StrategyError(
+            f"StructuredPruning supports DDP whose communication keeps no state, found {found}, which holds "
+            "numbers in the shapes from before a cut; use a hook without state, such as fp16_compress_hook"
+        )
 
 
 def _check_parameter(name: str, tensor: nn.Parameter) -> None:
