@@ -29,6 +29,7 @@ VARIANTS = {
     "default": {},
     "unused": {"find_unused_parameters": True},
     "static": {"static_graph": True},
+    "static_manual": {"static_graph": True},
     "views": {"gradient_as_bucket_view": True},
     "spawn": {"start_method": "spawn"},
     "unprepared": {"start_method": "spawn"},
@@ -59,6 +60,18 @@ class Net(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class ByHand(Net):
+    """The same steps, made by the module itself."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
 
 
 class Watch(StructuredPruning):
@@ -116,7 +129,7 @@ def data():
 def main(out, variant):
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = Net()
+    model = ByHand() if variant == "static_manual" else Net()
     if variant == "spawn":
         checkpoint.prepare(model)
     if variant == "broken":

@@ -112,12 +112,13 @@ class Writer(Callback):
         Path(f"{self.file}{trainer.global_rank}.txt").write_text(" ".join(map(str, words)))
 
 
-def single():
+def single(*, pruned_before=False):
     torch.manual_seed(0)
     model = Net()
-    trainer = Trainer(
-        callbacks=[Pruning()], accumulate_grad_batches=RANKS, enable_checkpointing=False, **QUIET
-    )
+    if pruned_before:
+        GroupNormPruner(model, torch.ones(2, 3, 5, 5)).step()
+    callbacks = [] if pruned_before else [Pruning()]
+    trainer = Trainer(callbacks=callbacks, accumulate_grad_batches=RANKS, enable_checkpointing=False, **QUIET)
     trainer.fit(model)
     return model
 

@@ -10,7 +10,7 @@ from processes import TIMEOUT, run
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(TIMEOUT + 20)]
 WORKER = Path(__file__).with_name("ddp_worker.py")
-KINDS = ["default", "unused", "static", "views", "accumulated", "spawn"]
+KINDS = ["default", "unused", "static", "static_manual", "views", "accumulated", "spawn"]
 
 
 @pytest.mark.parametrize("variant", [*KINDS, "taylor", "hessian", "activation", "distilled"])
