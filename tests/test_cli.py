@@ -286,6 +286,19 @@ def test_a_stopped_run_goes_on_from_its_checkpoint(command, tmp_path):
     assert _values(tmp_path / "second", "prune/macs")[-1] == pytest.approx(0.5, abs=0.01)
 
 
+def test_a_run_that_goes_on_takes_its_dense_twin_along(command, tmp_path):
+    code, _, err = command(*SMALL, "hydra.run.dir=first", "trainer.max_epochs=2")
+    assert code == 0, err
+    code, _, err = command(*SMALL, "hydra.run.dir=second", "ckpt_path=first/checkpoints/last.ckpt")
+    assert code == 0, err
+    assert (
+        "The dense twin goes on from first/dense/checkpoints/last.ckpt"
+        in (tmp_path / "second" / "lightning-prune.log").read_text()
+    )
+    for run in ("second", "second/dense"):
+        assert [int(row["epoch"]) for row in _rows(tmp_path / run) if row["val/acc"]] == [2, 3]
+
+
 def test_a_folder_of_ones_own_is_found(command, tmp_path):
     own = tmp_path / "my" / "pruning"
     own.mkdir(parents=True)

@@ -20,6 +20,7 @@ from lightning_prune.commands.configuring import build, prunings
 __all__ = ["fit", "known_warnings", "run", "stoppable"]
 
 TWIN = "The same network, trained without pruning with the same seed for the same number of epochs."
+TWINS_FOLDER = "dense"
 log = logging.getLogger(__name__)
 
 
@@ -44,13 +45,29 @@ def run(cfg: DictConfig) -> float:
 
 
 def _dense_twin(cfg: DictConfig) -> LightningModule:
-    """Train the same network with the same seed for the same epochs, and prune nothing."""
-    log.info("First the dense twin is trained, then the network that is pruned")
+    """Train the same network with the same seed for the same epochs, and prune nothing.
+
+    A run that goes on takes along the twin that it had trained.
+    """
+    before = _twins_checkpoint(cfg.ckpt_path)
+    if before is None:
+        log.info("First the dense twin is trained, then the network that is pruned")
+    else:
+        log.info("The dense twin goes on from %s, then the network that is pruned", before)
     twin = copy.deepcopy(cfg)
-    twin.run_dir, twin.pruning = f"{cfg.run_dir}/dense", {}
+    twin.run_dir, twin.pruning = f"{cfg.run_dir}/{TWINS_FOLDER}", {}
     model, data, trainer = build(twin)
-    fit(trainer, model, data, None, "the last checkpoint of the dense twin is {}")
+    fit(trainer, model, data, before, "the last checkpoint of the dense twin is {}")
     return model
+
+
+def _twins_checkpoint(ckpt_path: str | None) -> str | None:
+    """``run/checkpoints/last.ckpt`` -> ``run/dense/checkpoints/last.ckpt``, if that is a file."""
+    if ckpt_path is None:
+        return None
+    path = Path(ckpt_path)
+    twins = path.parent.parent / TWINS_FOLDER / path.parent.name / path.name
+    return str(twins) if twins.is_file() else None
 
 
 @contextmanager
