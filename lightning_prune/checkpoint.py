@@ -42,6 +42,7 @@ __all__ = [
     "manifests",
     "prepare",
     "record",
+    "refuse_guesses",
 ]
 
 _READY = "_lightning_prune_ready"
@@ -223,6 +224,15 @@ def adopt_checkpoint(root: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """
     for path, plan in _read_entry(checkpoint.get(KEY, {})).items():
         adopt(root.get_submodule(path), plan)
+    refuse_guesses(root)
+
+
+def refuse_guesses(root: nn.Module) -> None:
+    """See that whatever was loaded by mere shapes has got its plan since.
+
+    Raises:
+        CheckpointMismatchError: If shapes were taken on that no plan explains.
+    """
     guessed = [name for name, module in root.named_modules() if is_guess(module)]
     if guessed:
         raise CheckpointMismatchError(

@@ -12,6 +12,7 @@ from test_callback import CHANNELS, Quiet, build, data, fit, pytestmark  # noqa:
 from test_checkpoint_lightning import Images, Judged, digest, every_epoch, quiet_trainer
 
 from lightning_prune.checkpoint import PrunableMixin, load_from_checkpoint
+from lightning_prune.errors import CheckpointMismatchError
 
 EPOCHS = 4
 LOOPS = ["fit", "validate", "test", "predict"]
@@ -63,6 +64,44 @@ def test_every_loop_takes_a_checkpoint_as_mere_weights(tmp_path, loop, importanc
         assert digest(trainer) == digest(whole)
     else:
         assert same(trainer.lightning_module, torch.load(path, weights_only=True)["state_dict"])
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_every_loop_takes_a_checkpoint_that_holds_mere_weights(tmp_path, loop):
+    """All but ``fit``, which Lightning refuses."""
+    saver = every_epoch(tmp_path, save_weights_only=True)
+    options = {"max_epochs": EPOCHS, "enable_checkpointing": True, "loader": Images()}
+    whole = fit(build(Told), pruning(), saver, **options)
+    path = tmp_path / f"epoch={EPOCHS - 1}.ckpt"
+    if loop == "fit":
+        with pytest.raises(KeyError, match="checkpoint contains only the model"):
+            enter(loop, path, pruning(), weights_only=True)
+        return
+    trainer = enter(loop, path, pruning(), weights_only=True)
+    assert same(trainer.lightning_module, values(whole.lightning_module))
+    assert trainer.lightning_module.net.conv.out_channels < CHANNELS
+
+
+class Stripping(Told):
+    """Saves a plain dict, as one does to leave some weights out; the plan is gone with it."""
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["state_dict"] = dict(checkpoint["state_dict"])
+
+
+@pytest.mark.parametrize("loop", ["validate", "test", "predict"])
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_no_loop_runs_on_shapes_that_nothing_explains(tmp_path, loop, weights_only):
+    """The callback's own entry explains them, and a file of mere weights has none."""
+    saver = every_epoch(tmp_path, save_weights_only=weights_only)
+    fit(build(Stripping), pruning(), saver, max_epochs=EPOCHS, enable_checkpointing=True, loader=Images())
+    path = tmp_path / f"epoch={EPOCHS - 1}.ckpt"
+    if weights_only:
+        with pytest.raises(CheckpointMismatchError, match="no plan that explains them"):
+            enter(loop, path, pruning(), weights_only=True)
+    else:
+        net = enter(loop, path, pruning(), weights_only=True).lightning_module.net
+        assert net.conv.out_channels == len(net.conv.weight) < CHANNELS
 
 
 @pytest.fixture

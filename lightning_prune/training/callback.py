@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_prune.checkpoint import KEY, adopt_checkpoint, manifests, prepare, record
+from lightning_prune.checkpoint import KEY, adopt_checkpoint, manifests, prepare, record, refuse_guesses
 from lightning_prune.options import PruningOptions
 from lightning_prune.plan import Plan
 from lightning_prune.pruner import GroupNormPruner
@@ -318,6 +318,12 @@ class StructuredPruning(Callback):
     ) -> None:
         for root in (pl_module, *averaged_copies(trainer)):
             adopt_checkpoint(root, checkpoint)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        refuse_guesses(pl_module)  # of a file of mere weights Lightning says nothing to callbacks
+
+    on_test_start = on_predict_start = on_validation_start
 
     def _target(self, root: nn.Module) -> nn.Module:
         return target_of(root, self.module)
