@@ -323,7 +323,7 @@ def with_item(table, index, value):
 
 DAMAGES = {
     "no dictionary": (lambda d: ["cuts"], "cannot be read"),
-    "missing key": (lambda d: d.pop("sizes") and None, "cannot be read"),
+    "missing key": (lambda d: d.pop("sizes") and None, "cannot be read: not a plan: KeyError: 'sizes'"),
     "no cuts": (lambda d: d.pop("cuts") and None, "cannot be read"),
     "other format": (lambda d: d.update(format=99), "format 99"),
     "index out of range": (with_item("cuts", 3, [3, 4]), "cannot be read.*bn.bias"),

@@ -103,7 +103,7 @@ EXACT = {
     "adagrad": (optim.Adagrad, {"lr": 0.01, "initial_accumulator_value": 0.1}),
     "adagrad fused": (optim.Adagrad, {"lr": 0.01, "fused": True}),
     "adadelta": (optim.Adadelta, {"lr": 1.0}),
-    "asgd": (optim.ASGD, {"lr": 0.01, "t0": 2}),
+    "asgd": (optim.ASGD, {"lr": 0.01, "t0": 1}),
     "rprop": (optim.Rprop, {"lr": 0.01}),
 }
 
