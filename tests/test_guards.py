@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 from guards.copies import Found, outcomes
-from guards.tables import Guard, Table, faults, tables
+from guards.judging import judge, see_pass, unseen
+from guards.tables import FOLDER, ROOT, Guard, Table, faults, tables
 
 
 @pytest.mark.parametrize("path", tables(), ids=lambda path: path.stem)
@@ -66,3 +69,46 @@ def test_only_an_assertion_or_an_error_in_the_test_counts_as_its_failure(tmp_pat
     assert found["test_s"] == Found()  # neither passes nor fails
     assert {name: each.seen for name, each in found.items() if each.seen} == {"test_f": {"test_f[1]"}}
     assert found.keys() == {"test_f", "TestG::test_g", "test_h", "test_s"}
+
+
+PASSES, FAILS = Found(("t[1]", "t[2]")), Found(("t[2]",), (("t[1]", "assert 1 == 2"),))
+BREAKS = Found((), (("t[1]", "ImportError: no f"), ("t[2]", "in a worker: NameError: name 'y'")))
+
+
+class Copied:
+    """Gives the outcomes that it was given."""
+
+    gpu = False
+
+    def __init__(self, found):
+        self.found = found
+
+    def changed(self, guard):
+        return nullcontext(guard.changed(ROOT / FOLDER))
+
+    def run(self, file, names):
+        return self.found
+
+
+@pytest.mark.parametrize(
+    ("found", "line", "status"),
+    [
+        ({"t": FAILS, "u": FAILS}, "import", "killed"),
+        ({"t": FAILS, "u": PASSES}, "import", "SURVIVED"),
+        ({"t": FAILS, "u": BREAKS}, "import", "SURVIVED"),
+        ({"t": FAILS}, "import", "SURVIVED"),
+        ({"t": FAILS, "u": FAILS}, "no such line", "STALE"),
+    ],
+)
+def test_a_guard_is_killed_when_every_test_fails(found, line, status):
+    guard = Guard("run.py", f"{line} argparse", "", ("t", "u"))
+    assert judge(Table("test_guards", (guard,)), guard, Copied(found)).status == status
+
+
+def test_cases_that_no_guard_makes_fail_are_named():
+    guard = Guard("run.py", "import argparse", "", ("t",))
+    table = Table("test_guards", (guard,))
+    before, after = see_pass(table, Copied({"t": PASSES})), judge(table, guard, Copied({"t": FAILS}))
+    assert (before.status, see_pass(table, Copied({"t": FAILS})).status) == ("passed", "FAILED")
+    assert see_pass(table, Copied({})).status == "FAILED"
+    assert unseen([before, after]) == ["test_guards  t: 1 of 2 cases: [2]"]

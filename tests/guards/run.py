@@ -7,93 +7,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from tempfile import TemporaryDirectory
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # as for the tests, where these are ``guards``
-from guards.copies import Copy, Found  # noqa: E402
-from guards.tables import ROOT, Guard, StaleError, Table, faults, marks, tables  # noqa: E402
-
-FINE = {"passed", "killed", "left out"}
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What became of one guard, or of the unchanged tests of a table."""
-
-    status: str
-    seconds: float
-    table: str
-    about: str
-    found: dict[str, Found]
-    detail: str = ""
-
-
-def judge(table: Table, guard: Guard, copy: Copy) -> Verdict:
-    """Run the tests of a guard without its line."""
-    start = time.monotonic()
-    names = _here(table, guard.fails, copy)
-    found: dict[str, Found] = {}
-    status, detail = "killed", ""
-    try:
-        with copy.changed(guard):
-            found = copy.run(table.tests, names) if names else {}
-    except StaleError:
-        status = "STALE"
-    except TimeoutError:
-        status = "SLOW"
-    else:
-        alive = [name for name in names if name not in found or not found[name].seen]
-        if alive:
-            status, detail = "SURVIVED", f"passes all the same: {', '.join(alive)}"
-        elif not names:
-            status, detail = "left out", "needs a GPU: --gpu"
-    about = f"{guard.file}: {' '.join(guard.line.split())[:70]}"
-    return Verdict(status, time.monotonic() - start, table.name, about, found, detail)
-
-
-def see_pass(table: Table, copy: Copy) -> Verdict:
-    """Run every test of a table with nothing changed."""
-    start = time.monotonic()
-    names = sorted(_here(table, {name for guard in table.guards for name in guard.fails}, copy))
-    found = copy.run(table.tests, names) if names else {}
-    bad = [name for name in names if name not in found or found[name].failed or not found[name].passed]
-    status, detail = ("FAILED", f"does not pass: {', '.join(bad)}") if bad else ("passed", "")
-    about = f"{len(names)} tests, nothing changed"
-    return Verdict(status, time.monotonic() - start, table.name, about, found, detail)
-
-
-def _here(table: Table, names: Iterable[str], copy: Copy) -> list[str]:
-    """Choose the tests that this machine can run."""
-    known = marks(ROOT / table.tests)
-    return [name for name in names if copy.gpu or "gpu" not in known.get(name, ())]
-
-
-def verdicts(tasks: list[Callable[[Copy], Verdict]], copies: list[Copy]) -> Iterator[Verdict]:
-    """Do every task, each with a copy that no other has meanwhile; give what comes out as it comes."""
-    free: SimpleQueue[Copy] = SimpleQueue()
-    for copy in copies:
-        free.put(copy)
-
-    def work(task: Callable[[Copy], Verdict]) -> Verdict:
-        copy = free.get()
-        try:
-            return task(copy)
-        finally:
-            free.put(copy)
-
-    with ThreadPoolExecutor(len(copies)) as pool:
-        for done in as_completed([pool.submit(work, task) for task in tasks]):
-            yield done.result()
+from guards.copies import Copy  # noqa: E402
+from guards.judging import FINE, Verdict, judge, see_pass, unseen, verdicts  # noqa: E402
+from guards.tables import Table, faults, tables  # noqa: E402
 
 
 def say(v: Verdict, place: str, *, reasons: bool) -> None:
@@ -106,13 +31,6 @@ def say(v: Verdict, place: str, *, reasons: bool) -> None:
     lines += [f"{case}: {why[:160]}" for case, why in said if reasons or v.status not in FINE]
     sys.stdout.write("\n         ".join(lines) + "\n")
     sys.stdout.flush()
-
-
-def unseen(done: list[Verdict]) -> list[str]:
-    """Name the cases that passed with nothing changed and were not seen to fail under any guard of theirs."""
-    cases = {(v.table, c) for v in done if v.status == "passed" for f in v.found.values() for c in f.passed}
-    failed = {(v.table, c) for v in done for f in v.found.values() for c in f.seen}
-    return [f"{table}  {case}" for table, case in sorted(cases - failed)]
 
 
 def main() -> int:
