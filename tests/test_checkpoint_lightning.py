@@ -305,15 +305,13 @@ def test_every_loop_takes_a_checkpoint_of_another_structure(tmp_path, loop, kind
 
 
 def test_a_prune_in_the_last_epoch_is_in_the_last_checkpoint(tmp_path):
-    trainer = fit(
-        build(Cosine),
-        Quiet(0.5, start_epoch=1),
-        every_epoch(tmp_path),
-        max_epochs=2,
-        enable_checkpointing=True,
-    )
-    assert trainer.lightning_module.net.conv.out_channels == CHANNELS // 2
-    assert load_from_checkpoint(Cosine, tmp_path / "epoch=1.ckpt").net.conv.out_channels == CHANNELS // 2
+    saver = ModelCheckpoint(tmp_path, save_last=True)
+    model = build(Cosine)
+    fit(model, Quiet(0.5, start_epoch=1), saver, max_epochs=2, enable_checkpointing=True)
+    assert model.net.conv.out_channels == CHANNELS // 2
+    loaded = load_from_checkpoint(Cosine, saver.last_model_path).state_dict()
+    assert loaded.keys() == model.state_dict().keys()
+    assert all(torch.equal(loaded[key], value) for key, value in model.state_dict().items())
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
