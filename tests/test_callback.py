@@ -193,6 +193,30 @@ def test_a_second_fit_goes_on_with_the_pruned_network_and_cuts_no_further():
     assert model.net.conv.out_channels == CHANNELS // 2
 
 
+@pytest.mark.parametrize(
+    ("same_trainer", "second"), [(False, [7, 5, 4, 4]), (True, [5, 4, 4])], ids=["new Trainer", "same Trainer"]
+)
+def test_a_schedule_that_a_fit_left_unfinished_goes_on_in_the_next(same_trainer, second):
+    """Three cuts, of which the first fit has time for one; a new Trainer counts its epochs from zero."""
+    widths = []
+
+    class Watch(Quiet):
+        def on_train_epoch_end(self, trainer, pl_module):
+            super().on_train_epoch_end(trainer, pl_module)
+            widths.append(pl_module.net.conv.out_channels)
+
+    model, callback = build(), Watch(0.5, start_epoch=1, iterative_steps=3)
+    trainer = fit(model, callback)
+    assert (widths, callback.steps_done) == ([CHANNELS, 7], 1)
+    if same_trainer:
+        trainer.fit_loop.max_epochs = 5
+        trainer.fit(model, data())
+    else:
+        trainer = fit(model, callback, max_epochs=4)
+    assert (widths[2:], callback.steps_done) == (second, 3)
+    assert trainer.callback_metrics["prune/channels"] == 0.5
+
+
 class Wide(NoForward):
     def __init__(self):
         super().__init__()

@@ -32,6 +32,8 @@ class Automatic(Plain):
     def configure_optimizers(self):
         if self.kind == "fused":
             return torch.optim.AdamW(self.parameters(), lr=1e-2, fused=True)
+        if self.kind == "lbfgs":
+            return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
@@ -96,6 +98,16 @@ CASES = {
         lambda: {"callbacks": [GradientAccumulationScheduler({0: 1, 1: 2})]},
         1e-6,
     ),
+    "limited": (Automatic, {}, lambda: {"limit_train_batches": 5, "accumulate_grad_batches": 4}, 1e-6),
+    "a share of an epoch": (
+        Automatic,
+        {},
+        lambda: {"limit_train_batches": 0.5, "accumulate_grad_batches": 2},
+        1e-6,
+    ),
+    "overfitted": (Automatic, {}, lambda: {"overfit_batches": 3, "accumulate_grad_batches": 2}, 1e-6),
+    "lbfgs": (Automatic, {"optimizer": "lbfgs"}, dict, 1e-5),
+    "lbfgs accumulated": (Automatic, {"optimizer": "lbfgs"}, lambda: {"accumulate_grad_batches": 2}, 1e-6),
     "clipped": (Automatic, {}, lambda: {"gradient_clip_val": 0.1}, 1e-6),
     "bf16": (Automatic, {}, lambda: {"precision": "bf16-mixed"}, 1e-6),
     "fp16": (Automatic, {}, half, 1e-5),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -161,6 +163,50 @@ def test_short_runs_cut_as_well(options):
     model = build()
     fit(model, Quiet(0.5, start_epoch=0), **options)
     assert model.net.conv.out_channels == HALF
+
+
+class Counting(Plain):
+    """Counts the batches of every loop, by the width that they met."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def count(self, loop, batch):
+        self.seen[loop, self.net.conv.out_channels] += 1
+        return self(batch[0])
+
+    def training_step(self, batch, batch_idx):
+        self.count("train", batch)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.count("val", batch)
+
+    def test_step(self, batch, batch_idx):
+        self.count("test", batch)
+
+    def predict_step(self, batch, batch_idx):
+        return self.count("predict", batch)
+
+    def val_dataloader(self):
+        return data()
+
+
+@pytest.mark.parametrize(
+    ("loop", "limit", "batches"),
+    [(loop, *limit) for loop in ("train", "val", "test", "predict") for limit in ((0.5, 2), (3, 3))]
+    + [("val", 0, 0)],
+)
+def test_limits_of_batches_hold_before_and_after_a_cut(loop, limit, batches):
+    model = build(Counting)
+    limits = {f"limit_{loop}_batches": limit}
+    trainer = fit(model, Quiet(0.5, start_epoch=1), num_sanity_val_steps=0, **limits)
+    trainer.test(model, data(), verbose=False)
+    trainer.predict(model, data())
+    unlimited = [("train", CHANNELS), ("train", HALF), ("val", CHANNELS), ("val", HALF)]
+    unlimited += [("test", HALF), ("predict", HALF)]
+    assert model.seen == Counter({case: batches if case[0] == loop else 4 for case in unlimited})
 
 
 def test_frozen_weights_are_cut_but_not_pressed():

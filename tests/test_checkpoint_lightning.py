@@ -245,16 +245,24 @@ def test_a_class_keeps_its_own_word_in_loading(tmp_path):
     assert load_from_checkpoint(Own, tmp_path / "epoch=1.ckpt").epoch_of_file == 1
 
 
+def assert_holds(model, path):
+    """Every tensor of the file is in the model, and no other."""
+    held = torch.load(path, weights_only=True)["state_dict"]
+    torch.testing.assert_close(model.state_dict(), held, rtol=0, atol=0)
+
+
 def test_best_and_last_load_into_the_pruned_model_dense_ones_included(tmp_path):
     saver = every_epoch(tmp_path, save_last=True)
     trainer = fit(build(Cosine), pruning(), saver, max_epochs=5, enable_checkpointing=True)
     model = trainer.lightning_module
-    trainer.test(model, data(), ckpt_path="last", verbose=False)
-    assert model.net.conv.out_channels == CHANNELS // 2
-    trainer.test(model, data(), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
-    assert model.net.conv.out_channels == CHANNELS
-    trainer.test(model, data(), ckpt_path=tmp_path / "epoch=1.ckpt", verbose=False)
-    assert model.net.conv.out_channels == 7  # a third of one half of 8, rounded
+    for path, width in (
+        ("last", CHANNELS // 2),
+        (tmp_path / "epoch=0.ckpt", CHANNELS),
+        (tmp_path / "epoch=1.ckpt", 7),  # a third of one half of 8, rounded
+    ):
+        trainer.test(model, data(), ckpt_path=path, verbose=False)
+        assert model.net.conv.out_channels == width
+        assert_holds(model, saver.last_model_path if path == "last" else path)
 
 
 class Judged(Cosine):
@@ -268,40 +276,29 @@ class Judged(Cosine):
 
 
 @pytest.mark.filterwarnings("ignore:.*multiple `ModelCheckpoint` callbacks")
+@pytest.mark.parametrize("weights_only", [False, True], ids=["whole", "weights only"])
 @pytest.mark.parametrize("loop", ["validate", "test", "predict"])
 @pytest.mark.parametrize("kind", ["best", "last", "path"])
-def test_every_loop_takes_a_checkpoint_of_another_structure(tmp_path, loop, kind):
+def test_every_loop_takes_a_checkpoint_of_another_structure(tmp_path, loop, kind, weights_only):
     """The best epoch is the last one, the file by its path is of an epoch before the cuts."""
-    saver = PrunedModelCheckpoint(
-        dirpath=tmp_path, filename="{epoch}", monitor="val_acc", mode="max", save_last=True
-    )
-    plain = every_epoch(tmp_path / "all")
-    fitted = fit(
-        build(Judged),
-        pruning(),
-        saver,
-        plain,
-        loader=Images(),
-        max_epochs=5,
-        enable_checkpointing=True,
-        num_sanity_val_steps=0,
-    )
-    expected = {k: v.clone() for k, v in fitted.lightning_module.state_dict().items()}
-    path = {"best": saver.best_model_path, "last": saver.last_model_path}.get(
-        kind, tmp_path / "all" / "epoch=0.ckpt"
-    )
-    model = fitted.lightning_module
-    if kind == "path":
-        getattr(fitted, loop)(model, data(), ckpt_path=path)
-        assert model.net.conv.out_channels == CHANNELS
-        return
-    load_pruned_state(model, torch.load(tmp_path / "all" / "epoch=1.ckpt", weights_only=True))
-    assert model.net.conv.out_channels == 7
-    getattr(fitted, loop)(model, data(), ckpt_path=kind)
-    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    common = {"filename": "{epoch}", "save_weights_only": weights_only}
+    saver = PrunedModelCheckpoint(dirpath=tmp_path, monitor="val_acc", mode="max", save_last=True, **common)
+    plain = ModelCheckpoint(tmp_path / "all", save_top_k=-1, **common)
+    options = {"enable_checkpointing": True, "num_sanity_val_steps": 0}
+    fitted = fit(build(Judged), pruning(), saver, plain, loader=Images(), max_epochs=5, **options)
+    model, dense = fitted.lightning_module, tmp_path / "all" / "epoch=0.ckpt"
+    path = {"best": saver.best_model_path, "last": saver.last_model_path}.get(kind, dense)
+    assert ("optimizer_states" in torch.load(path, weights_only=True)) is not weights_only
+    if kind != "path":
+        assert_holds(model, path)
+        load_pruned_state(model, torch.load(tmp_path / "all" / "epoch=1.ckpt", weights_only=True))
+        assert model.net.conv.out_channels == 7
+    getattr(fitted, loop)(model, data(), ckpt_path=dense if kind == "path" else kind)
     other = build(Judged)
     getattr(quiet_trainer(pruning()), loop)(other, data(), ckpt_path=path)
-    assert all(torch.equal(value, expected[key]) for key, value in other.state_dict().items())
+    for each in (model, other):
+        assert each.net.conv.out_channels == (CHANNELS if kind == "path" else CHANNELS // 2)
+        assert_holds(each, path)
 
 
 def test_a_prune_in_the_last_epoch_is_in_the_last_checkpoint(tmp_path):
