@@ -194,7 +194,9 @@ def test_a_second_fit_goes_on_with_the_pruned_network_and_cuts_no_further():
 
 
 @pytest.mark.parametrize(
-    ("same_trainer", "second"), [(False, [7, 5, 4, 4]), (True, [5, 4, 4])], ids=["new Trainer", "same Trainer"]
+    ("same_trainer", "second"),
+    [(False, [7, 5, 4, 4]), (True, [5, 4, 4])],
+    ids=["new Trainer", "same Trainer"],
 )
 def test_a_schedule_that_a_fit_left_unfinished_goes_on_in_the_next(same_trainer, second):
     """Three cuts, of which the first fit has time for one; a new Trainer counts its epochs from zero."""

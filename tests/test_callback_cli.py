@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import re
 
 import pytest
-from lightning.pytorch.cli import LightningCLI
+import torch
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from test_callback import CHANNELS, Plain, data, pytestmark  # noqa: F401 - same filters
 
 from lightning_prune import PrunedModelCheckpoint, PruningOptions, StructuredPruning
 from lightning_prune.scores.importance import IMPORTANCES
 from lightning_prune.scores.normalizers import NORMALIZERS
 from lightning_prune.selection.schedules import SCHEDULES
+from lightning_prune.training.distilling import Distillation
 
 QUIET = {
     "logger": "false",
@@ -36,11 +40,11 @@ class Pinned(LightningCLI):
         parser.add_lightning_class_args(StructuredPruning, "prune")
 
 
-def start(*words, cls=LightningCLI, run=False):
+def start(*words, cls=LightningCLI, run=False, save=None):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["train.py", *(["fit"] if run else []), *words])
         patch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's, not ours
-        return cls(Model, run=run, save_config_callback=None, seed_everything_default=0)
+        return cls(Model, run=run, save_config_callback=save, seed_everything_default=0)
 
 
 def build(*words, **options):
@@ -103,6 +107,52 @@ def test_the_neighbours_are_known_too(tmp_path):
     saver = cli.trainer.checkpoint_callback
     assert type(saver) is PrunedModelCheckpoint
     assert (saver.monitor, saver.per_level) == ("val_acc", True)
+
+
+EVERYTHING = {
+    "pruning_ratio": 0.25,
+    "module": "net",
+    "sparse_start_epoch": 1,
+    "start_epoch": 2,
+    "every_n_epochs": 2,
+    "iterative_steps": 2,
+    "update_every": 3,
+    "recalibrate_batches": 1,
+    "distillation": {
+        "weight": 0.5,
+        "temperature": 2.0,
+        "features": ["conv", "bn"],
+        "feature_weight": 0.25,
+        "class_dim": 1,
+    },
+    "options": {
+        "importance": "lamp",
+        "pruning_ratio_dict": {"conv": 0.5},
+        "ignored_layers": ["fc"],
+        "round_to": 2,
+        "normalizer": None,
+        "reg": 0.01,
+        "nan_policy": "zero",
+    },
+}
+
+
+def test_the_saved_configuration_restarts_an_equal_fit(tmp_path):
+    """No argument has its default."""
+    callbacks = [{"class_path": "test_callback.Quiet", "init_args": EVERYTHING}]
+    trainer = {"max_epochs": 5, "enable_checkpointing": False, "default_root_dir": str(tmp_path)}
+    file, saved = tmp_path / "given.json", tmp_path / "config.yaml"
+    file.write_text(json.dumps({"trainer": {**trainer, "callbacks": callbacks}}))
+    first, ours = build(f"--config={file}", run=True, save=SaveConfigCallback)
+    assert ours.steps_done == 2
+    assert first.model.net.conv.out_channels == CHANNELS // 2
+    again = start(f"--config={saved}", run=True)
+    theirs = next(c for c in again.trainer.callbacks if isinstance(c, StructuredPruning))
+    defaults = StructuredPruning()
+    for name in inspect.signature(StructuredPruning).parameters:
+        assert getattr(theirs, name) == getattr(ours, name) != getattr(defaults, name)
+    assert theirs.distillation == Distillation(0.5, 2.0, ("conv", "bn"), 0.25, 1)
+    torch.testing.assert_close(again.model.state_dict(), first.model.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

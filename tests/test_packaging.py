@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -11,8 +12,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 import lightning_prune
+from lightning_prune.commands.table import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -67,6 +71,45 @@ def test_the_wheel_holds_the_templates_of_pages(wheel: Path) -> None:
     templates = {f.relative_to(ROOT).as_posix() for f in (ROOT / "lightning_prune").rglob("*.html")}
     assert templates
     assert templates <= set(zipfile.ZipFile(wheel).namelist())
+
+
+ELSEWHERE = """
+import sys
+from importlib.metadata import distribution
+from pathlib import Path
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+import lightning_prune.conf
+
+with initialize_config_module("lightning_prune.conf", version_base="1.3"):
+    Path("composed.yaml").write_text(OmegaConf.to_yaml(compose("prune", overrides=["experiment=quick"])))
+Path("homes.txt").write_text(f"{lightning_prune.__file__}\\n{lightning_prune.conf.__file__}")
+(script,) = distribution("lightning-prune").entry_points.select(group="console_scripts")
+sys.argv = [script.name, "--help"]
+script.load()()
+"""
+
+
+def test_the_wheel_composes_and_helps_where_no_checkout_is(wheel: Path, tmp_path: Path) -> None:
+    """In one process, which finds the unpacked wheel before the checkout."""
+    unpacked, folder = tmp_path / "unpacked", tmp_path / "elsewhere"
+    zipfile.ZipFile(wheel).extractall(unpacked)
+    folder.mkdir()
+    command, path = (
+        [sys.executable, "-W", "error::UserWarning", "-c", ELSEWHERE],
+        {"PYTHONPATH": str(unpacked)},
+    )
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, **path}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    homes = [Path(line).relative_to(unpacked) for line in (folder / "homes.txt").read_text().splitlines()]
+    assert homes == [Path("lightning_prune", "__init__.py"), Path("lightning_prune", "conf", "__init__.py")]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        shipped = OmegaConf.to_yaml(compose("prune", overrides=["experiment=quick"]))
+    assert (folder / "composed.yaml").read_text() == shipped
+    assert all(f"lightning-prune {name} " in done.stdout for name in COMMANDS)
+    assert "experiment: isomorphic_convnext, isomorphic_deit, quick, vit_heads" in done.stdout
 
 
 def test_the_wheel_claims_one_top_level_name(wheel: Path) -> None:
