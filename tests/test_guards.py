@@ -15,6 +15,20 @@ def test_every_guard_is_sound_and_every_test_has_one(path):
     assert faults(Table.read(path)) == []
 
 
+GUARDED = (
+    "test_best_epochs", "test_callback*", "test_checkpoint*", "test_ddp", "test_guards", "test_optimizers",
+    "test_ranks", "test_refusals", "test_weights_only",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("glob", GUARDED)
+def test_what_a_run_must_survive_has_a_table_for_every_file(glob):
+    """Else the test above is content with a table that is gone, or that was never written."""
+    files = {path.stem for path in (ROOT / "tests").glob(f"{glob}.py")}
+    assert files
+    assert files <= {path.stem for path in tables()}
+
+
 CODE = """
 def f(x):
     check(x)
