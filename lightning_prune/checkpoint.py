@@ -43,6 +43,7 @@ __all__ = [
     "prepare",
     "record",
     "refuse_guesses",
+    "written_plans",
 ]
 
 _READY = "_lightning_prune_ready"
@@ -239,6 +240,15 @@ def refuse_guesses(root: nn.Module) -> None:
             f"the checkpoint holds smaller tensors for {guessed[0] or 'the model'!r} than the model was "
             f"built with, and no plan that explains them; {ADVICE}"
         )
+
+
+def written_plans(checkpoint: Mapping[str, Any]) -> dict[str, Plan]:
+    """Read the plans that a Lightning checkpoint holds, by module name.
+
+    Raises:
+        CheckpointMismatchError: If one cannot be read.
+    """
+    return {**_read(checkpoint.get("state_dict", {}), ""), **_read_entry(checkpoint.get(KEY, {}))}
 
 
 def _write_manifest(module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:

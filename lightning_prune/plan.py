@@ -45,7 +45,7 @@ class Cut:
     rows: int = 1
 
     def __post_init__(self) -> None:
-        if self.rows < 1 or len(self.keep) % self.rows:
+        if not 1 <= self.rows <= max(len(self.keep), 1) or len(self.keep) % self.rows:
             raise PlanError(
                 f"{self.tensor} dim {self.dim}: {len(self.keep)} kept indices do not divide into "
                 f"{self.rows} rows"

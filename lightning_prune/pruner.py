@@ -42,6 +42,7 @@ from lightning_prune.tracing.borrowing import Memory
 from lightning_prune.tracing.numbers import Numbers
 from lightning_prune.tracing.trace import trace
 from lightning_prune.tracing.tracer import Tracer
+from lightning_prune.vetting import Part, vet_pruner
 
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
@@ -346,12 +347,29 @@ class GroupNormPruner(Questions):
             "budget": self.budget.state_dict(),
             "rng": self._scorer.random_state,
             **self._census.state_dict(),
-            "regularizer": None if self._regularizer is None else self._regularizer.state_dict(),
+            "regularizer": Regularizer.first_state(self.pressed_groups())
+            if self._regularizer is None
+            else self._regularizer.state_dict(),
             **({"evidence": self.collector.state_dict()} if self.collector.need else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another pruner stopped, on a model that has its shapes already."""
+        """Go on where another pruner stopped, on a model that has its shapes already.
+
+        Raises:
+            CheckpointMismatchError: If the state is damaged, or of another model. The pruner is as before.
+        """
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        vet_pruner(Part("the pruner's state", state), self.iterative_steps, shapes)
+        before = self.state_dict()
+        try:
+            self._take(state)
+        except BaseException:
+            self._take(before)
+            raise
+
+    def _take(self, state: Mapping[str, Any]) -> None:
         self.current_step = int(state["step"])
         self.plan = Plan.from_dict(state["plan"])
         self.budget.load_state_dict(state["budget"])
@@ -361,7 +379,7 @@ class GroupNormPruner(Questions):
             self._settler.look()
         self._follow()
         self._regularizer = None
-        if state["regularizer"] is not None:
+        if state["regularizer"] != Regularizer.first_state(self.pressed_groups()):
             self.regularizer.load_state_dict(state["regularizer"])
         self.collector.load_state_dict(state.get("evidence", {}))
 

@@ -20,6 +20,7 @@ RANKS = (
     {"graph"},
     {"scores", "selection", "measuring"},
     {"budgets"},
+    {"vetting"},
     {"pruner", "checkpoint", "metrics", "reporting"},
     {"pretrained"},
     {"models", "data", "sensitivity"},  # the first two of the demo

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import Metric
 
 from lightning_prune.errors import OptionError, StrategyError, TraceError
-from lightning_prune.training import example_inputs
+from lightning_prune.training import describing, example_inputs
 from lightning_prune.training.strategies import check_set_up
 
 HALF = CHANNELS // 2
@@ -297,8 +297,8 @@ def test_a_step_that_calls_nothing_is_an_error_that_says_what_to_do():
 
 def test_recorded_inputs_are_rebuilt_in_structure_shape_and_dtype():
     x, tokens = torch.randn(2, 3), torch.tensor([[1, 5], [7, 0]])
-    calls = [example_inputs.Call("a.b", (x, [tokens, None], 3), {"mask": {"m": tokens > 2}, "flag": True})]
-    (call,) = example_inputs.rebuild(example_inputs.describe(calls), torch.device("cpu"))
+    calls = [describing.Call("a.b", (x, [tokens, None], 3), {"mask": {"m": tokens > 2}, "flag": True})]
+    (call,) = describing.rebuild(describing.describe(calls), torch.device("cpu"))
     assert call.path == "a.b"
     assert (call.args[0].shape, call.args[0].dtype) == ((2, 3), torch.float32)
     assert torch.equal(call.args[1][0], tokens)
@@ -310,9 +310,7 @@ def test_recorded_inputs_are_rebuilt_in_structure_shape_and_dtype():
 
 def test_large_integers_keep_their_range():
     tokens = torch.arange(5000) % 97 + 3
-    (call,) = example_inputs.rebuild(
-        example_inputs.describe([example_inputs.Call("", (tokens,))]), torch.device("cpu")
-    )
+    (call,) = describing.rebuild(describing.describe([describing.Call("", (tokens,))]), torch.device("cpu"))
     assert call.args[0].dtype == torch.int64
     assert 3 <= int(call.args[0].min()) <= int(call.args[0].max()) <= 99
 

@@ -19,7 +19,8 @@ from test_no_waiting import BrokenIdle, accelerator  # noqa: F401 - a fixture
 from torch import nn
 
 from lightning_prune import GroupNormPruner
-from lightning_prune.errors import BudgetError, OptionError, PruneError
+from lightning_prune.errors import BudgetError, CheckpointMismatchError, OptionError, PruneError
+from lightning_prune.training.checkpointing import PrunedModelCheckpoint
 
 WORKER = Path(__file__).with_name("resume_worker.py")
 X = torch.ones(2, 3, 5, 5)
@@ -40,8 +41,9 @@ def test_the_state_of_the_regulariser_is_of_one_set_of_groups():
     pruner = GroupNormPruner(net, X)
     pruner.regularizer.refresh()
     state = pruner.state_dict()
-    state["regularizer"]["gamma"].pop()
-    with pytest.raises(PruneError, match="a state of 7 units, these groups have 8"):
+    for name in ("gamma", "scores"):
+        state["regularizer"][name].pop()
+    with pytest.raises(CheckpointMismatchError, match="a state of 7 units, these groups have 8"):
         GroupNormPruner.resume(net, X, state)
 
 
@@ -87,6 +89,78 @@ def test_a_fit_goes_on_from_the_last_checkpoint_or_the_best(tmp_path, name):
     begun.fit_loop.max_epochs = 5
     begun.fit(model, Images(), ckpt_path=name)
     assert digest(begun) == digest(whole)
+
+
+def first(model, batch):
+    return model(batch[0])
+
+
+class Asks(Cosine):
+    """Before there is a batch."""
+
+    def on_train_start(self):
+        ours = self.trainer.callbacks[0]
+        state = ours.state_dict()
+        self.heard = ours.steps_done, (state["pruner"] or {}).get("plan"), state["initial"]
+
+
+class Levels(PrunedModelCheckpoint):
+    """Notes the levels that it has left behind."""
+
+    left = ()
+
+    def _begin_anew(self):
+        self.left = (*self.left, self._seen_level)
+        super()._begin_anew()
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize(("cuts", "importance"), [(1, "group_norm"), (3, "taylor")])
+def test_a_pruner_that_waits_for_a_batch_is_as_far_as_it_had_come(tmp_path, cuts, importance):
+    """With a forward_fn no inputs are recorded, so there is no pruner before the first batch."""
+
+    def parts(folder):
+        options = {"reg": 0.01, "forward_fn": first, "importance": importance}
+        levels = Levels(dirpath=tmp_path / folder, monitor="loss", per_level=True)
+        return Quiet(0.5, start_epoch=1, iterative_steps=cuts, options=options), levels
+
+    every = {"enable_checkpointing": True, "loader": Slow(), "max_epochs": 5}
+    saver = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+    whole = fit(build(Asks), *parts("whole"), saver, **every)
+    for step in (2, 4, 7, 8, 12, 15, 16):
+        path = tmp_path / f"step={step}.ckpt"
+        model, (ours, levels), made = build(Asks), parts(str(step)), min(cuts, (step - 1) // 4)
+        resumed = fit(model, ours, levels, ckpt_path=path, **every)
+        (saved,) = (v for k, v in torch.load(path)["callbacks"].items() if k.startswith("Quiet"))
+        assert model.heard == (made, saved["pruner"]["plan"], saved["initial"]), f"from step {step}"
+        assert ours.steps_done == cuts, f"from step {step}"
+        if step % 4:  # else Lightning tells this callback of no start of the epoch that the run goes on with
+            assert levels.left == tuple(range(made, cuts)), f"from step {step}"
+        assert digest(resumed) == digest(whole), f"from step {step}"
+        for name in ("prune/phase", "prune/sparsity", "prune/macs"):
+            assert resumed.callback_metrics[name] == whole.callback_metrics[name], f"{name} from step {step}"
+
+
+def test_shares_are_of_the_same_example_after_a_resume(tmp_path):
+    """A dataset is asked for two samples, the first batch had four."""
+
+    def callback():
+        return Quiet(0.5, start_epoch=1, iterative_steps=3, options={"forward_fn": first})
+
+    names = ("prune/macs", "prune/sparsity", "prune/channels")
+    whole = fit(build(Cosine), callback(), every_epoch(tmp_path), max_epochs=5, enable_checkpointing=True)
+    for epoch in (1, 3):
+        resumed = fit(build(Cosine), callback(), ckpt_path=tmp_path / f"epoch={epoch}.ckpt", max_epochs=5)
+        found = [[run.callback_metrics[name] for name in names] for run in (whole, resumed)]
+        assert found[0] == found[1], f"from epoch {epoch}"
+
+
+def test_a_callback_goes_on_with_another_model_than_it_had(tmp_path):
+    ours = pruning()
+    whole = fit(build(Cosine), ours, every_epoch(tmp_path), max_epochs=5, enable_checkpointing=True)
+    for epoch in (3, 1):
+        resumed = fit(build(Cosine), ours, ckpt_path=tmp_path / f"epoch={epoch}.ckpt", max_epochs=5)
+        assert (digest(resumed), ours.steps_done) == (digest(whole), 3), f"from epoch {epoch}"
 
 
 @pytest.mark.usefixtures("accelerator")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune.errors import OptionError, PruneError, StaleGraphError
+from lightning_prune.errors import CheckpointMismatchError, OptionError, PruneError, StaleGraphError
 from lightning_prune.graph.groups import Group
 from lightning_prune.scores import fused as native
 from lightning_prune.scores.layout import plan_blocks
@@ -365,6 +365,12 @@ class Regularizer:
         pairs = [(g, u.view(g.shape)) for g, u in zip(live, updates, strict=True) if g is not None]
         return [g for g, _ in pairs], [u for _, u in pairs]
 
+    @staticmethod
+    def first_state(groups: Sequence[Group]) -> dict[str, Any]:
+        """Give the state of a regulariser that these groups were just made into."""
+        units = sum(group.n_units for group in groups)
+        return {"age": None, "skipped": 0, "gamma": [1.0] * units, "scores": [0.0] * units}
+
     def state_dict(self) -> dict[str, Any]:
         """Give what the coming steps depend on besides the weights, as numbers and lists."""
         held = {"gamma": self._gamma.tolist(), "scores": self._scores.tolist()}
@@ -374,10 +380,12 @@ class Regularizer:
         """Go on with the gammas of another regulariser of the same groups, until they are due.
 
         Raises:
-            PruneError: If the state is of other groups.
+            CheckpointMismatchError: If the state is of other groups.
         """
         if not len(state["gamma"]) == len(state["scores"]) == len(self._gamma):
-            raise PruneError(f"a state of {len(state['gamma'])} units, these groups have {len(self._gamma)}")
+            raise CheckpointMismatchError(
+                f"a state of {len(state['gamma'])} units, these groups have {len(self._gamma)}"
+            )
         self._age, self.skipped = state["age"], torch.full_like(self.skipped, state["skipped"])
         self._gamma, self._scores = (self._gamma.new_tensor(state[name]) for name in ("gamma", "scores"))
         # A gamma is 2 to some power; 0 marks a group that rests.

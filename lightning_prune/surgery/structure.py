@@ -25,6 +25,7 @@ __all__ = [
     "ADVICE",
     "Shapes",
     "confirm",
+    "dense_shapes",
     "is_guess",
     "is_noted",
     "note",
@@ -186,7 +187,7 @@ def _shapes_then(chosen: list[_Choice]) -> Shapes:
     """Give the shapes of all tensors in the chosen modules once these have taken on what was chosen."""
     then: Shapes = {}
     for below, module, target, _ in chosen:
-        inner = {**_dense_shapes(module), **_shapes_after(target, below)}
+        inner = {**dense_shapes(module), **_shapes_after(target, below)}
         then |= {below + name: shape for name, shape in inner.items()}
     return then
 
@@ -204,7 +205,7 @@ def _find(root: nn.Module, path: str) -> nn.Module:
 def _guess(module: nn.Module, shapes: Shapes) -> Plan | None:
     """Choose a structure for a state dict that names none: the present, the dense, or its mere shapes."""
     present = {name: tuple(tensor.shape) for name, tensor in _tensors(module).items() if name in shapes}
-    dense = {name: shape for name, shape in _dense_shapes(module).items() if name in shapes}
+    dense = {name: shape for name, shape in dense_shapes(module).items() if name in shapes}
     asked = {name: shapes[name] for name in present}
     if asked == present:
         return None
@@ -235,15 +236,15 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _dense_shapes(module: nn.Module) -> Shapes:
-    """Give the shapes that the module was built with."""
+def dense_shapes(module: nn.Module) -> Shapes:
+    """Give the shapes that the module was built with, of every parameter and buffer."""
     now = {name: tuple(tensor.shape) for name, tensor in _tensors(module).items()}
     return {**now, **{name: shape for name, shape in plan_of(module).sizes if name in now}}
 
 
 def _check_fits(module: nn.Module, where: str, plan: Plan, shapes: Shapes) -> None:
     """Compare a plan with the module it would cut and the tensors to be loaded; allocate nothing."""
-    dense, sizes = _dense_shapes(module), dict(plan.sizes)
+    dense, sizes = dense_shapes(module), dict(plan.sizes)
     for name, shape in sizes.items():
         if dense.get(name) != shape:
             raise CheckpointMismatchError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
@@ -15,22 +15,23 @@ from lightning_prune.options import PruningOptions
 from lightning_prune.plan import Plan
 from lightning_prune.pruner import GroupNormPruner
 from lightning_prune.selection.requests import check_ratio
-from lightning_prune.surgery.applying import apply
 from lightning_prune.surgery.structure import plan_of, trust_shapes
 from lightning_prune.training import example_inputs, finish
 from lightning_prune.training.account import reached_targets, settings_of
 from lightning_prune.training.arguments import as_record, whole_number
 from lightning_prune.training.building import build_pruner, example_of, has_module, target_of
+from lightning_prune.training.cutting import cut_every_copy
+from lightning_prune.training.describing import Call, describe, rebuild
 from lightning_prune.training.distilling import Distillation, Distiller
 from lightning_prune.training.evidence import EvidenceGatherer
-from lightning_prune.training.example_inputs import Call, Example
+from lightning_prune.training.example_inputs import Example
 from lightning_prune.training.gradients import closes_accumulation, hide_from
 from lightning_prune.training.penalty import Penalty
 from lightning_prune.training.progress import Progress, log_levels
 from lightning_prune.training.recalibrating import recalibrate
+from lightning_prune.training.schedule import PHASES, Schedule, place_in_logs
 from lightning_prune.training.strategies import (
     averaged_copies,
-    callbacks_of,
     check_parameters,
     check_set_up,
     decide_on_rank_zero,
@@ -38,14 +39,14 @@ from lightning_prune.training.strategies import (
     follow_cut,
     point_out_missed_start,
     point_out_neighbours,
+    show_what_is_read,
 )
+from lightning_prune.training.vetting import vet_checkpoint
 
 __all__ = ["PHASES", "StructuredPruning"]
 
-PHASES = ("dense", "sparse", "prune", "fine-tune")
 
-
-class StructuredPruning(Callback):
+class StructuredPruning(Schedule):
     """Prune a network while it trains.
 
     Epochs pass through phases: *dense* warm-up; *sparse* learning, where unimportant units are pushed towards
@@ -116,40 +117,17 @@ class StructuredPruning(Callback):
         self._recorded: list[Any] | None = None  # description of example inputs that came from a batch
         self._restored: dict[str, Any] | None = None  # state that waits for a pruner
         self._base = Plan()  # what was cut before the live pruner was built
-        self._cut_epoch: int | None = None
         self._begun: int | None = None  # last epoch whose start was seen
-        self._closes = True
-        self._backwards = 0
+        self._closes, self._backwards = True, 0
         self._penalty = Penalty(self.options.nan_policy, self.update_every)
-        self._gatherer = EvidenceGatherer()
-        self._distiller = Distiller(how, module)
-
-    def should_prune(self, epoch: int) -> bool:
-        """Say whether ``epoch`` begins with a cut; override it for a schedule of your own.
-
-        Args:
-            epoch: 0-based.
-        """
-        since = epoch - self.start_epoch
-        return since >= 0 and since % self.every_n_epochs == 0 and not self.target_reached
+        self._gatherer, self._distiller = EvidenceGatherer(), Distiller(how, module)
 
     @property
-    def target_reached(self) -> bool:
-        """Whether the last cut has been made."""
-        return self.steps_done >= self.iterative_steps
-
-    @property
+    @override
     def steps_done(self) -> int:
-        """Number of cuts made so far."""
-        return 0 if self.pruner is None else self.pruner.current_step
-
-    def phase(self, epoch: int) -> str:
-        """Name the phase of an epoch that has begun, one of ``PHASES``."""
-        if epoch == self._cut_epoch:
-            return "prune"
-        if self.target_reached:
-            return "fine-tune"
-        return "sparse" if epoch >= self.sparse_start_epoch else "dense"
+        if self.pruner is not None:
+            return self.pruner.current_step
+        return 0 if self._waiting is None else int(self._waiting["pruner"]["step"])
 
     @property
     @override
@@ -158,10 +136,13 @@ class StructuredPruning(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        show_what_is_read(trainer, vet_checkpoint)
         if stage == "fit":
             check_set_up(trainer, pl_module)
             point_out_neighbours(trainer)
-            self._cut_epoch = self._begun = None
+            self._cut_epoch = self._begun = self._restored = None
+            if self.pruner is not None and self.pruner.model not in set(pl_module.modules()):
+                self.pruner = None  # of another model: a state that is loaded now waits for its own
         for root in (pl_module, *averaged_copies(trainer)):
             prepare(root)
             if has_module(root, self.module):  # configure_model may yet build it
@@ -181,7 +162,7 @@ class StructuredPruning(Callback):
         calls = example_inputs.from_array(pl_module, self.module)
         recorded = (self._restored or {}).get("example")
         if not calls and recorded:
-            calls = example_inputs.rebuild(recorded, pl_module.device)
+            calls = rebuild(recorded, pl_module.device)
         if calls:
             self._build(pl_module, calls)
 
@@ -189,6 +170,8 @@ class StructuredPruning(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epoch = self._begun = trainer.current_epoch
         self._backwards = 0
+        if self._waiting is not None:  # whoever is asked next may look at the pruner
+            self._build_from_batch(trainer, pl_module, example_inputs.take_batch(trainer, pl_module))
         if epoch != self._cut_epoch and self.should_prune(epoch):
             if self.pruner is None:
                 self._build_from_batch(trainer, pl_module, example_inputs.take_batch(trainer, pl_module))
@@ -260,15 +243,12 @@ class StructuredPruning(Callback):
         facts = {name: float(value) for name, value in values.items() if name != "channels"}
         self.report.note_epoch(trainer, {**facts, "phase": phase})
         self.report.note_norms(trainer, self.pruner)
-        values["phase"] = float(PHASES.index(phase))
-        values["target_reached"] = float(self.target_reached)
+        values |= {"phase": float(PHASES.index(phase)), "target_reached": float(self.target_reached)}
         if (loss := self._distiller.mean_loss(trainer)) is not None:
             values["distillation"] = loss
         if self._penalty.watch.count:
             values["nonfinite_gradients"] = float(self._penalty.watch.count)
-        several = sum(isinstance(c, StructuredPruning) for c in callbacks_of(trainer)) > 1
-        place = f"prune/{self.module}/" if several and self.module else "prune/"
-        log_levels(pl_module, place, values)
+        log_levels(pl_module, place_in_logs(trainer, self), values)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -286,10 +266,13 @@ class StructuredPruning(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        if self._waiting is not None:
+            return dict(self._waiting)
         return {
             "pruner": None if self.pruner is None else self.pruner.state_dict(),
             "example": self._recorded,
             "initial": self._progress.initial,
+            "left": self._progress.now,
             "base": self._base.as_dict(),
             "cut_epoch": self._cut_epoch,
             "overflows": self._penalty.watch.state_dict(),
@@ -316,6 +299,7 @@ class StructuredPruning(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        vet_checkpoint(trainer, checkpoint)
         for root in (pl_module, *averaged_copies(trainer)):
             adopt_checkpoint(root, checkpoint)
 
@@ -328,13 +312,19 @@ class StructuredPruning(Callback):
     def _target(self, root: nn.Module) -> nn.Module:
         return target_of(root, self.module)
 
+    @property
+    def _waiting(self) -> dict[str, Any] | None:
+        """State of a pruner that cannot be built before there is a batch."""
+        held = None if self.pruner is not None else self._restored
+        return held if held is not None and held["pruner"] is not None else None
+
     def _build_from_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         if self.options.forward_fn is not None:
             self._build(pl_module, [Call("", (batch,))])
             return
         with eager(pl_module):
             calls = example_inputs.from_batch(pl_module, self.module, batch, trainer)
-        self._recorded = example_inputs.describe(calls)
+        self._recorded = describe(calls)
         self._build(pl_module, calls)
 
     def _build(self, pl_module: LightningModule, calls: list[Call]) -> None:
@@ -360,7 +350,7 @@ class StructuredPruning(Callback):
             self.pruner.load_state_dict(state["pruner"])
             self._base = Plan.from_dict(state["base"])
             self._recorded = state["example"]
-            self._progress = Progress(state["initial"])
+            self._progress = Progress(state["initial"], state["left"])
             self._distiller.load_state_dict(state.get("distiller"), self.pruner.model, self._base)
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -371,6 +361,8 @@ class StructuredPruning(Callback):
             self.report.look_at_dense(trainer, pl_module)
         self._distiller.keep_teacher(pl_module)
         with eager(pl_module):
+            if not self._progress.now:  # restored in the middle of a fit
+                self._progress.look(pruner, example)
             plan = Plan.from_dict(decide_on_rank_zero(trainer, lambda: pruner.step(dry_run=True).as_dict()))
             if not plan and self.pruning_ratio:
                 rank_zero_warn(
@@ -378,12 +370,7 @@ class StructuredPruning(Callback):
                     "callback.pruner.explain(name, dim) says why a dimension stays"
                 )
             self.report.note_cut(trainer, pruner, plan)
-            pruner.commit(plan, optimizers=trainer.optimizers)
-            for root in averaged_copies(trainer):
-                apply(self._target(root), plan)
-            kept = self._base.then(pruner.plan)
-            for root in (pl_module, *averaged_copies(trainer)):
-                record(self._target(root), kept)
+            cut_every_copy(trainer, pl_module, self.module, pruner, plan, self._base)
             pruner.update_regularizer()
             self._progress.look(pruner, example)
         follow_cut(trainer, pl_module)

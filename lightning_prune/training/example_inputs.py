@@ -12,7 +12,7 @@ import copy
 import inspect
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,41 +24,21 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import Metric
 
 from lightning_prune.errors import TraceError
+from lightning_prune.training.describing import Call, describe
 
 __all__ = [
     "Call",
     "Example",
     "collated",
-    "describe",
     "from_array",
     "from_batch",
     "one_sample",
     "quiet_twin",
-    "rebuild",
     "replay",
     "take_batch",
     "training_step",
     "transferred",
 ]
-
-# Integers up to this count are kept as they are, for they may be token ids or edge lists; above, their
-# range is.
-_MAX_VALUES = 4096
-
-
-@dataclass(frozen=True)
-class Call:
-    """One recorded call.
-
-    Args:
-        path: Submodule that was called, as in ``named_modules()``; "" is the pruned module itself.
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-    """
-
-    path: str
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -152,26 +132,6 @@ def transferred(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any
     for owner in (getattr(trainer, "datamodule", None), pl_module):
         batch = batch if owner is None else owner.on_before_batch_transfer(batch, 0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-
-
-def describe(calls: list[Call]) -> list[Any] | None:
-    """Write calls as plain lists, strings and numbers; None if an argument is of another kind."""
-    try:
-        return [[c.path, _describe(c.args), _describe(c.kwargs)] for c in calls]
-    except TypeError:
-        return None
-
-
-def rebuild(spec: list[Any], device: torch.device) -> list[Call]:
-    """Make calls of the same structure, shapes and dtypes as ``describe`` saw.
-
-    Floating-point values are drawn from a generator of their own, so that no random state moves.
-    """
-    generator = torch.Generator().manual_seed(0)
-    return [
-        Call(path, _rebuild(args, device, generator), _rebuild(kwargs, device, generator))
-        for path, args, kwargs in spec
-    ]
 
 
 def _to(pl_module: LightningModule) -> Callable[[Tensor], Tensor]:
@@ -340,50 +300,3 @@ def _first_and_rewind(loader: Any) -> Any:
     if state is not None:
         loader.load_state_dict(state)
     return batch
-
-
-def _describe(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return _describe_tensor(value)
-    if isinstance(value, Mapping):
-        return {"dict": [[str(key), _describe(item)] for key, item in value.items()]}
-    if type(value) in (list, tuple):
-        return {type(value).__name__: [_describe(item) for item in value]}
-    if value is None or type(value) in (bool, int, float, str):
-        return {"value": value}
-    raise TypeError(f"{type(value).__name__} has no plain description")
-
-
-def _describe_tensor(tensor: Tensor) -> dict[str, Any]:
-    spec: dict[str, Any] = {"tensor": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        small = tensor.numel() <= _MAX_VALUES
-        spec |= (
-            {"values": tensor.flatten().tolist()}
-            if small
-            else {"range": [int(tensor.min()), int(tensor.max())]}
-        )
-    return spec
-
-
-def _rebuild(spec: Any, device: torch.device, generator: torch.Generator) -> Any:
-    if "tensor" in spec:
-        return _rebuild_tensor(spec, generator).to(device)
-    if "dict" in spec:
-        return {key: _rebuild(item, device, generator) for key, item in spec["dict"]}
-    for kind in (list, tuple):
-        if kind.__name__ in spec:
-            return kind(_rebuild(item, device, generator) for item in spec[kind.__name__])
-    return spec["value"]
-
-
-def _rebuild_tensor(spec: Mapping[str, Any], generator: torch.Generator) -> Tensor:
-    dtype, shape = getattr(torch, spec["dtype"]), tuple(spec["tensor"])
-    if "values" in spec:
-        return torch.tensor(spec["values"], dtype=dtype).reshape(shape)
-    if "range" in spec:
-        low, high = spec["range"]
-        return torch.randint(low, high + 1, shape, generator=generator).to(dtype)
-    return torch.randn(shape, generator=generator, dtype=torch.complex64 if dtype.is_complex else None).to(
-        dtype
-    )

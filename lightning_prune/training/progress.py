@@ -26,11 +26,15 @@ class Progress:
     Args:
         initial: Counts before the first cut, from an earlier run's ``initial``; empty: the first look gives
             them.
+        left: Counts that the earlier run ended with, its ``now``.
     """
 
-    def __init__(self, initial: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self, initial: Mapping[str, int] | None = None, left: Mapping[str, int] | None = None
+    ) -> None:
         self.initial = dict(initial or {})
         self.now: dict[str, int] = {}
+        self._left = dict(left or {})
         self._metrics: dict[str, tuple[str, Metric]] = {
             "sparsity": ("parameters", ParameterSparsity()),
             "channels": ("units", ChannelSparsity()),
@@ -43,6 +47,9 @@ class Progress:
         units = sum(group.n_units for group in pruner.groups())
         now = self.now = {"parameters": cost.parameters, "units": units, "macs": cost.macs}
         self.initial = self.initial or dict(now)
+        if self._left:  # nothing was cut since: other MACs are those of an example of another size
+            left, self._left = self._left["macs"], {}
+            self.initial["macs"] = round(self.initial["macs"] * now["macs"] / left) if left else 0
         for count, metric in self._metrics.values():
             if self.initial[count]:
                 metric.update(now[count], self.initial[count])

@@ -6,8 +6,9 @@ copies and to compiled graphs; each must follow a cut, and where it cannot, prun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -34,6 +35,7 @@ __all__ = [
     "is_compiled",
     "point_out_missed_start",
     "point_out_neighbours",
+    "show_what_is_read",
 ]
 
 T = TypeVar("T")
@@ -152,6 +154,29 @@ def point_out_missed_start(trainer: Trainer) -> None:
                 "at the start of an epoch alone, which Lightning leaves out then: the average will be "
                 "another than that of an uninterrupted run; resume from a checkpoint of the end of an epoch"
             )
+
+
+def show_what_is_read(trainer: Trainer, look: Callable[[Trainer, Mapping[str, Any]], None]) -> None:
+    """Let ``look`` see every checkpoint that this Trainer reads, before anything is taken from it.
+
+    A callback is not asked before the weights are loaded, and not given its state before that either.
+    """
+    strategy = trainer.strategy
+    if getattr(strategy.load_checkpoint, "func", None) is not _read_and_show:
+        shown = partial(_read_and_show, trainer, strategy.load_checkpoint, look)
+        strategy.load_checkpoint = shown  # type: ignore[method-assign]
+
+
+def _read_and_show(
+    trainer: Trainer,
+    read: Callable[..., Any],
+    look: Callable[[Trainer, Mapping[str, Any]], None],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    checkpoint = read(*args, **kwargs)
+    look(trainer, checkpoint)
+    return checkpoint
 
 
 def averaged_copies(trainer: Trainer) -> list[nn.Module]:
