@@ -5,6 +5,9 @@ That they compute what PyTorch's operations compute is shown by every test of th
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from naive_penalty import assert_added, before, channels, naive_gradients, others, parameters
@@ -100,6 +103,24 @@ def test_one_core_and_two_give_the_same_bits():
             torch.set_num_threads(1)
         found.append([*sums, target])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+THREADS = """
+import torch
+from lightning_prune.scores import fused
+from lightning_prune.scores.layout import plan_blocks
+torch.set_num_threads(1)
+weight = torch.randn(64, 300)
+(block,) = plan_blocks({"w": weight}, [("w", 0, 1), ("w", 1, 1)])
+fused.sums(block, weight)
+print(torch.get_num_threads())
+"""
+
+
+def test_pytorch_keeps_its_number_of_threads():
+    """The first use in a process makes a pool of threads for all that uses OpenMP, hence a new process."""
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
 
 
 def test_a_mixed_model_equals_autograd():

@@ -42,7 +42,7 @@ def sums(block: Block, tensor: Tensor) -> list[Tensor]:
     """Do what ``Block.sums`` does, in one reading."""
     columns = tensor.new_empty(PIECES, block.view[1])
     rows = tensor.new_empty(block.view[0])
-    _loops()[0](tensor.numpy(), rows.numpy(), columns.numpy())
+    _run(0, tensor.numpy(), rows.numpy(), columns.numpy())
     total = columns.sum(0)
     return [unrepeat(total, s.repeat) if s.reduce == (0,) else rows for s in block.slots]
 
@@ -52,14 +52,17 @@ def add_scaled(block: Block, target: Tensor, tensor: Tensor, factors: Sequence[T
     by_row, by_column = tensor.new_zeros(block.view[0]), tensor.new_zeros(block.view[1])
     for slot, factor in zip(block.slots, factors, strict=True):
         (by_column if slot.reduce == (0,) else by_row).add_(factor.flatten())
-    _loops()[1](target.numpy(), tensor.numpy(), by_row.numpy(), by_column.numpy())
+    _run(1, target.numpy(), tensor.numpy(), by_row.numpy(), by_column.numpy())
 
 
-def _loops() -> tuple[Loop, Loop]:
-    """Give the loops, to run on as many cores as PyTorch may use."""
+def _run(which: int, *arrays: Array) -> None:
+    """Run a loop on as many cores as PyTorch may use, which is what it may use afterwards too."""
     _, numba, *loops = _compiled()
-    numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))
-    return loops[0], loops[1]
+    threads = torch.get_num_threads()
+    numba.set_num_threads(max(1, min(threads, numba.config.NUMBA_NUM_THREADS)))
+    loops[which](*arrays)
+    if torch.get_num_threads() != threads:  # Numba's OpenMP pool sets its size for the whole process
+        torch.set_num_threads(threads)
 
 
 @cache
