@@ -49,7 +49,7 @@ class PruningOptions:
         reg: Strength of the sparsity penalty, >= 0.
         alpha: The weakest unit is pressed ``2 ** alpha`` times as hard as the strongest, in [0, 64].
         nan_policy: What non-finite numbers do: ``raise``, ``skip`` or ``zero``.
-        fused: Press weights on a CPU by native loops, in about half the time; needs the extra ``fused``.
+        fused: Press weights on a CPU by native loops, which take less time; needs the extra ``fused``.
         forward_fn: ``forward_fn(model, example_inputs)`` replaces the call of the model.
         output_transform: Applied to the output of the traced forward.
     """
