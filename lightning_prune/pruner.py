@@ -38,6 +38,7 @@ from lightning_prune.selection.settling import Settler
 from lightning_prune.surgery.applying import apply
 from lightning_prune.surgery.optimizers import Carrier
 from lightning_prune.surgery.structure import note, plan_of
+from lightning_prune.surgery.tensors import tensors_of
 from lightning_prune.tracing.borrowing import Memory
 from lightning_prune.tracing.numbers import Numbers
 from lightning_prune.tracing.trace import trace
@@ -359,8 +360,7 @@ class GroupNormPruner(Questions):
         Raises:
             CheckpointMismatchError: If the state is damaged, or of another model. The pruner is as before.
         """
-        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(self.model).items()}
         vet_pruner(Part("the pruner's state", state), self.iterative_steps, shapes)
         before = self.state_dict()
         try:

@@ -20,6 +20,7 @@ from lightning_prune.surgery.attributes import get_path, set_path
 from lightning_prune.surgery.cutting import cut_tensor, set_tensor_data
 from lightning_prune.surgery.manifests import tell_configs
 from lightning_prune.surgery.patches import remove_patches
+from lightning_prune.surgery.tensors import tensors_of
 
 __all__ = [
     "ADVICE",
@@ -160,7 +161,7 @@ def shape_stored(module: nn.Module, plan: Plan) -> None:
     _check_fits(module, "", plan, {})
     _shapes_after(plan, "")
     stored, cuts = module.state_dict(keep_vars=True), plan.by_tensor()
-    for name, tensor in _tensors(module).items():
+    for name, tensor in tensors_of(module).items():
         if name in cuts and name in stored:
             set_tensor_data(tensor, cut_tensor(tensor, cuts[name]))
 
@@ -204,7 +205,7 @@ def _find(root: nn.Module, path: str) -> nn.Module:
 
 def _guess(module: nn.Module, shapes: Shapes) -> Plan | None:
     """Choose a structure for a state dict that names none: the present, the dense, or its mere shapes."""
-    present = {name: tuple(tensor.shape) for name, tensor in _tensors(module).items() if name in shapes}
+    present = {name: tuple(tensor.shape) for name, tensor in tensors_of(module).items() if name in shapes}
     dense = {name: shape for name, shape in dense_shapes(module).items() if name in shapes}
     asked = {name: shapes[name] for name in present}
     if asked == present:
@@ -232,13 +233,9 @@ def _plan_of_shapes(dense: Shapes, asked: Shapes) -> Plan:
     return Plan(cuts, sizes=tuple(sorted((name, dense[name]) for name in changed)))
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-
 def dense_shapes(module: nn.Module) -> Shapes:
     """Give the shapes that the module was built with, of every parameter and buffer."""
-    now = {name: tuple(tensor.shape) for name, tensor in _tensors(module).items()}
+    now = {name: tuple(tensor.shape) for name, tensor in tensors_of(module).items()}
     return {**now, **{name: shape for name, shape in plan_of(module).sizes if name in now}}
 
 
@@ -299,7 +296,7 @@ def _check_rewrite(module: nn.Module, where: str, rewrite: Rewrite, built: Scala
 
 def _grow(module: nn.Module, plan: Plan) -> None:
     """Undo ``plan``: shapes and attributes as built, kept values in their places, zeros elsewhere."""
-    tensors, cuts = _tensors(module), plan.by_tensor()
+    tensors, cuts = tensors_of(module), plan.by_tensor()
     for name, shape in plan.sizes:
         set_tensor_data(tensors[name], _grown(tensors[name].detach(), shape, cuts.get(name, ())))
     if plan.patches:
