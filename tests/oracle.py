@@ -44,7 +44,7 @@ class SurvivorLayerNorm(nn.Module):
         super().__init__()
         self.weight = getattr(norm, "weight", None)
         self.bias = getattr(norm, "bias", None)
-        self.keep = keep.double()
+        self.register_buffer("keep", keep.double(), persistent=False)
         self.eps = eps
         self.centred = centred
 
@@ -67,7 +67,7 @@ class SurvivorGroupNorm(nn.Module):
         super().__init__()
         self.weight, self.bias = norm.weight, norm.bias
         self.num_groups, self.eps = norm.num_groups, norm.eps
-        self.keep = keep.double()
+        self.register_buffer("keep", keep.double(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         groups = self.num_groups

@@ -183,6 +183,7 @@ def test_the_penalty_is_there_when_the_module_looks_at_whole_gradients():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
     ("cls", "options", "trainer_options", "tolerance"), GPU_CASES.values(), ids=GPU_CASES
 )

@@ -171,6 +171,7 @@ def error_on_sync() -> Iterator[None]:
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed"])
 @pytest.mark.parametrize("policy", ["raise", "skip", "zero"])
 @pytest.mark.parametrize("update_every", [1, 3])
@@ -200,6 +201,7 @@ def test_the_profiler_sees_no_synchronisation_in_a_step():
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.filterwarnings("ignore:GPU available but not used")
 def test_a_gpu_adds_what_a_cpu_adds():
     weights = []
     for device in ("cpu", "gpu"):
