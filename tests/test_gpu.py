@@ -17,13 +17,14 @@ from test_exact import CASES, prune
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lightning_prune import GroupNormPruner, apply
+from lightning_prune import GroupNormPruner, apply, prepare
 from lightning_prune.measuring.cost import measure_cost, peak_memory_bytes
 from lightning_prune.measuring.latency import measure_latency
 from lightning_prune.measuring.measured import describe_machine
 from lightning_prune.measuring.speedup import measure_layers
 from lightning_prune.scores.importance import IMPORTANCES, NEEDS
 from lightning_prune.scores.regularizer import Regularizer
+from lightning_prune.tracing.borrowing import Memory
 from lightning_prune.tracing.trace import trace
 
 pytestmark = on_gpu
@@ -125,6 +126,7 @@ def test_weights_of_a_recurrent_layer_lie_in_one_piece(kind: type[nn.RNNBase]) -
     model, x = model.to(DEVICE), draw(2, 5, 6).to(DEVICE)
     assert_one_piece()
     dense, plans = copy.deepcopy(model), []
+    whole = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     pruner = GroupNormPruner(model, x, pruning_ratio=0.5, iterative_steps=2)
     for _ in range(2):
         plans.append(pruner.step())
@@ -134,6 +136,9 @@ def test_weights_of_a_recurrent_layer_lie_in_one_piece(kind: type[nn.RNNBase]) -
     assert model.recurrent.input_size == 6
     apply(dense, plans[0].then(plans[1]))
     assert all(torch.equal(a, b) for a, b in zip(dense.parameters(), model.parameters(), strict=True))
+    prepare(model).load_state_dict(whole)
+    assert model.recurrent.hidden_size == 16
+    assert_one_piece()
 
 
 # What is chosen
@@ -291,6 +296,48 @@ def test_a_trace_does_without_values_where_it_does_on_the_cpu(case: Case) -> Non
     model, inputs = case.make(), case.inputs()
     memory = trace(model, inputs).borrowed.memory
     assert trace(model.to(DEVICE), moved(inputs)).borrowed.memory is memory
+
+
+def test_numbers_on_the_device_are_no_reason_to_ask_for_values() -> None:
+    """Beside shapes torch takes a single number from a CPU alone."""
+    model = Net(
+        lambda m, x: m.second((m.first(x) * m.share + torch.tensor(2.0, device=x.device)).relu()),
+        first=nn.Linear(4, 6),
+        share=torch.tensor(0.5),
+        second=nn.Linear(6, 2),
+    )
+    x = draw(3, 4).to(DEVICE)
+    assert trace(model.to(DEVICE), x).borrowed.memory is Memory.SHAPES
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_autocast_of_the_caller_stays_outside_a_trace(asks: bool) -> None:
+    """Of shapes, and of values, which a forward may ask for."""
+
+    def run(m: Net, x: Tensor) -> Tensor:
+        x = m.first(x).relu()
+        seen.append(torch.is_autocast_enabled(DEVICE))
+        if asks:
+            seen.append(float(x.sum()) < 0)
+        return m.last(m.attention(x, x, x)[0])
+
+    seen: list[bool] = []
+    model = randomise(
+        Net(
+            run,
+            first=nn.Linear(4, 8),
+            attention=nn.MultiheadAttention(8, 2, batch_first=True),
+            last=nn.Linear(8, 2),
+        ),
+        0,
+    ).to(DEVICE)
+    x = draw(3, 5, 4).to(DEVICE)
+    want = GroupNormPruner(model, x, pruning_ratio=0.5).step(dry_run=True)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert GroupNormPruner(model, x, pruning_ratio=0.5).step(dry_run=True) == want
+        assert torch.is_autocast_enabled(DEVICE)
+    assert want
+    assert not any(seen)
 
 
 # Random numbers

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_prune import GroupNormPruner
+from lightning_prune.tracing.trace import trace
 
 X = draw(4, 5)
 
@@ -319,3 +320,55 @@ def test_a_forward_that_writes_into_its_inputs_writes_into_copies() -> None:
     assert model.e.out_features == 4
     assert torch.equal(x, draw(2, 6))
     assert cache.seen == []
+
+
+def test_a_seed_that_waits_for_a_device_goes_on_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that nobody has used gets the last seed that was asked for, so a trace may ask for none."""
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    monkeypatch.setattr(torch.mps, "manual_seed", seeds.append)
+    torch.manual_seed(7)
+    assert seeds == [7, 7]
+    GroupNormPruner(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.ones(1, 3)).step()
+    assert seeds == [7, 7]
+
+
+@pytest.mark.parametrize("by_shapes", [True, False])
+def test_two_traces_draw_alike_and_leave_the_random_numbers_alone(by_shapes: bool) -> None:
+    class Draws(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            drawn.append(float(torch.rand(())))
+            return self.second(self.first(x).relu())
+
+    drawn: list[float] = []
+    model = Draws()
+    for _ in range(2):
+        torch.rand(1)
+        before = torch.get_rng_state()
+        trace(model, torch.ones(1, 3), by_shapes=by_shapes)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert len(drawn) == 2
+    assert drawn[0] == drawn[1]
+
+
+def test_autocast_of_the_caller_stays_outside_a_trace() -> None:
+    class Looks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return self.second(self.first(x).relu())
+
+    seen: list[bool] = []
+    with torch.autocast("cpu", torch.bfloat16):
+        GroupNormPruner(Looks(), torch.ones(1, 3)).step()
+        assert torch.is_autocast_enabled("cpu")
+    assert seen
+    assert not any(seen)

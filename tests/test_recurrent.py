@@ -13,7 +13,9 @@ from nets import Net, draw, randomise
 from oracle import assert_exact
 from torch import Tensor, nn
 
-from lightning_prune import GroupNormPruner, Plan
+from lightning_prune import GroupNormPruner, Plan, prepare
+from lightning_prune.surgery.optimizers import Carrier
+from lightning_prune.surgery.structure import shape_stored, shape_the_rest
 
 GATES: dict[type[nn.RNNBase], int] = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}
 SHAPES = list(itertools.product(GATES, [1, 2], [False, True], [True, False]))
@@ -164,3 +166,69 @@ def test_a_second_cut_is_exact_too(kind: type[nn.RNNBase]) -> None:
     pruner.step()
     assert model.rnn.hidden_size == 4
     assert_exact(dense, model, pruner.plan, X)
+
+
+# cuDNN wants the weights of a layer side by side in memory
+
+
+@pytest.fixture
+def cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a CPU do what a GPU does when it is asked to; there it reads the sizes of the layer."""
+
+    def pack(self: nn.RNNBase) -> None:
+        weights = self._flat_weights
+        assert weights[0].shape == (GATES[type(self)] * self.hidden_size, self.input_size)
+        piece = torch.cat([w.detach().flatten() for w in weights])
+        for weight, part in zip(weights, piece.split([w.numel() for w in weights]), strict=True):
+            weight.data = part.view(weight.shape)
+
+    monkeypatch.setattr(nn.RNNBase, "flatten_parameters", pack)
+
+
+def pieces(layer: nn.RNNBase) -> set[int]:
+    return {w.untyped_storage().data_ptr() for w in layer._flat_weights}
+
+
+@pytest.mark.usefixtures("cudnn")
+@pytest.mark.parametrize("kind", GATES)
+def test_a_layer_is_in_one_piece_after_a_cut_and_when_it_grows_back(kind: type[nn.RNNBase]) -> None:
+    model = prepare(build(kind, 2, True, True))
+    dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    whole = pieces(model.rnn)
+    prune(model, X)
+    assert model.rnn.hidden_size == 4
+    assert len(pieces(model.rnn)) == 1
+    assert pieces(model.rnn) != whole
+    model.load_state_dict(dense)
+    assert model.rnn.hidden_size == 8
+    assert len(pieces(model.rnn)) == 1
+
+
+@pytest.mark.usefixtures("cudnn")
+def test_a_layer_whose_input_alone_was_cut_goes_back_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its other weights have moved, too."""
+
+    def interrupt(self: Carrier) -> None:
+        assert model.rnn.input_size == 3
+        assert pieces(model.rnn) != whole
+        raise KeyboardInterrupt
+
+    model = build(nn.LSTM, 1, False, True)
+    whole, before = pieces(model.rnn), copy.deepcopy(model.state_dict())
+    monkeypatch.setattr(Carrier, "commit", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, X, ignored_layers=["rnn"])
+    assert len(whole) == 1
+    assert pieces(model.rnn) == whole
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.usefixtures("cudnn")
+def test_a_layer_that_a_library_loads_is_in_one_piece() -> None:
+    model, other = build(nn.LSTM, 2, False, True), build(nn.LSTM, 2, False, True)
+    plan = prune(model, X)
+    shape_stored(other, plan)
+    other.load_state_dict(model.state_dict())
+    shape_the_rest(other, plan)
+    assert len(pieces(other.rnn)) == 1
+    assert torch.equal(model(X), other(X))

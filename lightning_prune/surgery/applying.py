@@ -17,6 +17,7 @@ from lightning_prune.plan import Cut, Plan, Rewrite
 from lightning_prune.surgery.attributes import config_objects, get_path, remember, set_path
 from lightning_prune.surgery.cutting import cut_tensor, mask_tensor, set_tensor_data
 from lightning_prune.surgery.patches import check_patch, install_patch, remember_patch
+from lightning_prune.surgery.recurrent import holders_of, lay_side_by_side
 from lightning_prune.surgery.scratch import Scratch
 
 __all__ = ["Snapshot", "apply", "cut_tensor", "mask", "set_tensor_data", "validate"]
@@ -64,7 +65,7 @@ def apply(model: nn.Module, plan: Plan, *, on_meta: bool = False) -> Snapshot:
     except BaseException:  # Ctrl-C too must not leave half a model
         snapshot.restore()
         raise
-    _repack_recurrent(model, targets)
+    lay_side_by_side(model, [target.tensor for target in targets])
     return snapshot
 
 
@@ -137,6 +138,8 @@ def _undos(model: nn.Module, modules: Mapping[str, nn.Module], plan: Plan) -> It
     tensors = _named_tensors(modules)
     rewrites = [r for r in plan.rewrites if _leads_somewhere(modules, r)]
     held = {id(t): t for name in plan.by_tensor() if (t := tensors.get(name)) is not None}
+    for layer in holders_of(modules.values(), set(held)):  # all of its weights move when one is cut
+        held |= {id(p): p for p in layer.parameters(recurse=False)}
     yield from map(_remember_tensor, held.values())
     yield from (_remember_holder(holder, key) for holder, key, _ in _config_holders(model, rewrites))
     yield from (remember(modules[r.module], r.path) for r in rewrites)
@@ -335,11 +338,3 @@ def _check_rewrite(modules: Mapping[str, nn.Module], rewrite: Rewrite) -> None:
         raise PlanError(
             f"{where}: the plan expects {rewrite.before!r}, the model has {now!r}; plan and model differ"
         )
-
-
-def _repack_recurrent(model: nn.Module, targets: list[_Target]) -> None:
-    """Lay the weights of a cut recurrent layer side by side again, as cuDNN wants them. No effect on CPU."""
-    cut = {id(target.tensor) for target in targets}
-    for module in model.modules():
-        if isinstance(module, nn.RNNBase) and any(id(p) in cut for p in module.parameters(recurse=False)):
-            module.flatten_parameters()

@@ -20,6 +20,7 @@ from lightning_prune.surgery.attributes import get_path, set_path
 from lightning_prune.surgery.cutting import cut_tensor, set_tensor_data
 from lightning_prune.surgery.manifests import tell_configs
 from lightning_prune.surgery.patches import remove_patches
+from lightning_prune.surgery.recurrent import lay_side_by_side
 from lightning_prune.surgery.tensors import tensors_of
 
 __all__ = [
@@ -181,6 +182,7 @@ def shape_the_rest(module: nn.Module, plan: Plan) -> None:
         raise CheckpointMismatchError(
             f"the checkpoint's manifest cannot be applied: {error}; nothing was loaded"
         ) from error
+    lay_side_by_side(module, [t for name, t in tensors_of(module).items() if name in plan.by_tensor()])
     note(module, plan)
 
 
@@ -303,6 +305,7 @@ def _grow(module: nn.Module, plan: Plan) -> None:
         remove_patches(module)
     for rewrite in plan.rewrites:
         set_path(module.get_submodule(rewrite.module), rewrite.path, rewrite.before)
+    lay_side_by_side(module, [tensors[name] for name, _ in plan.sizes])
 
 
 def _grown(tensor: Tensor, shape: tuple[int, ...], cuts: Iterable[Cut]) -> Tensor:

@@ -190,9 +190,9 @@ def without_floats(value: Any) -> Any:
 
 def _shaped(value: Any, is_lookup: bool) -> Any:
     if isinstance(value, Tensor):
-        if value.is_meta or value.ndim == 0 or (is_lookup and _is_whole(value)):
+        if value.is_meta or (is_lookup and _is_whole(value)):
             return value
-        return shape_of(value)
+        return shape_of(value) if value.ndim else value.cpu()  # beside shapes a number may lie there alone
     if type(value) in (list, tuple):
         return type(value)(_shaped(v, is_lookup) for v in value)
     return _META if isinstance(value, torch.device) else value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -200,7 +200,8 @@ def _run(tracer: Tracer, twin: nn.Module, example_inputs: Any, forward_fn: Calla
 def undisturbed() -> Iterator[None]:
     """RNG states, grad mode, autocast and the attention fast path are given back as they were.
 
-    Two runs draw the same random numbers, so that what they do can be compared.
+    Two runs draw the same random numbers, so that what they do can be compared. A device that nobody has used
+    yet is left alone: a seed waits there, which another one would replace for good.
     """
     drawn, drawn_by_numpy = random.getstate(), np.random.get_state()
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -208,8 +209,10 @@ def undisturbed() -> Iterator[None]:
     devices = list(range(torch.cuda.device_count())) if has_gpu else []
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.random.fork_rng(devices=devices), torch.autocast("cpu", enabled=False):
-            torch.manual_seed(0)
+        with torch.random.fork_rng(devices=devices), _without_autocast():
+            torch.default_generator.manual_seed(0)
+            if has_gpu:
+                torch.cuda.manual_seed_all(0)
             random.seed(0)
             np.random.seed(0)
             yield
@@ -217,6 +220,15 @@ def undisturbed() -> Iterator[None]:
         random.setstate(drawn)
         np.random.set_state(drawn_by_numpy)
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    with ExitStack() as off:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                off.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def _settle_parameters(tracer: Tracer) -> None:
