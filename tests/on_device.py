@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from nets import Net, conv, draw
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -47,3 +48,33 @@ def assert_on_device(model: nn.Module) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         assert tensor.device.type == DEVICE, name
         assert tensor.grad is None or tensor.grad.device.type == DEVICE, name
+
+
+def residual(width: int = 16) -> nn.Module:
+    """Residuals, a depthwise convolution, batch norms and a group norm."""
+
+    def run(m: Net, x: Tensor) -> Tensor:
+        x = m.b0(m.stem(x)).relu()
+        y = m.b2(m.c2(m.b1(m.c1(x)).relu()))
+        x = (x + y).relu()
+        x = x + m.point(m.norm(m.depthwise(x)).relu())
+        out: Tensor = m.fc(x.mean((2, 3)))
+        return out
+
+    return Net(
+        run,
+        stem=conv(3, width, bias=False),
+        b0=nn.BatchNorm2d(width),
+        c1=conv(width, 2 * width, bias=False),
+        b1=nn.BatchNorm2d(2 * width),
+        c2=conv(2 * width, width, bias=False),
+        b2=nn.BatchNorm2d(width),
+        depthwise=conv(width, width, groups=width),
+        norm=nn.GroupNorm(4, width),
+        point=conv(width, width, 1),
+        fc=nn.Linear(width, 5),
+    )
+
+
+def images() -> Tensor:
+    return draw(4, 3, 8, 8).to(DEVICE)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy
 from on_device import DEVICE, ON_GPU, TRAINER, assert_on_device, at_home, on_gpu
 from oracle import relative_error, run_double, slice_by
 from test_callback import CHANNELS, Plain, Quiet, build, data, fit
@@ -206,6 +207,43 @@ def test_a_run_from_a_gpu_goes_on_on_a_cpu(tmp_path):
         assert model.net.conv.out_channels == CHANNELS // 2
 
 
+# Several processes, of which there is one
+
+
+@pytest.fixture
+def no_group():
+    """Let no process group outlive a test."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+class Silent(Plain):
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+
+def trained(*, prepare=lambda model: None, **options):
+    model = build(Silent)
+    prepare(model)
+    callback = Quiet(0.5, start_epoch=1, iterative_steps=2, options={"reg": 0.01})
+    fit(model, callback, max_epochs=3, precision="64-true", **{**TRAINER, **options})
+    assert model.net.conv.out_channels == CHANNELS // 2
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.usefixtures("no_group")
+@pytest.mark.filterwarnings("ignore")  # of advice that DDP gives
+@pytest.mark.parametrize(
+    "option", [None, "find_unused_parameters", "static_graph", "gradient_as_bucket_view"]
+)
+def test_the_wrapper_of_ddp_follows_a_cut(option):
+    """Its buckets lie on the device, and NCCL sums them."""
+    strategy = DDPStrategy(**({option: True} if option else {}))
+    wrapped = trained(strategy=strategy, use_distributed_sampler=False)  # which would shuffle
+    torch.testing.assert_close(wrapped, trained(), rtol=1e-9, atol=1e-12)
+
+
 # Compiled code
 
 
@@ -242,23 +280,6 @@ def test_a_compiled_module_computes_what_it_does_uncompiled_after_two_cuts():
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_network_trains_as_the_uncompiled_one():
     """With CUDA graphs too: what was recorded before a cut is not replayed after it."""
-
-    class Double(Plain):
-        def training_step(self, batch, batch_idx):
-            return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    found = []
-    for compiled in (False, True):
-        model = build(Double)
-        if compiled:
-            model.net.compile(**({"mode": "reduce-overhead"} if ON_GPU else {"backend": BACKEND}))
-        fit(
-            model,
-            Quiet(0.5, start_epoch=1, options={"reg": 0.01}),
-            max_epochs=2,
-            precision="64-true",
-            **TRAINER,
-        )
-        assert model.net.conv.out_channels == CHANNELS // 2
-        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-9)
+    how = {"mode": "reduce-overhead"} if ON_GPU else {"backend": BACKEND}
+    compiled = trained(prepare=lambda model: model.net.compile(**how))
+    torch.testing.assert_close(compiled, trained(), rtol=1e-6, atol=1e-9)
