@@ -1,4 +1,4 @@
-"""One rank of a DDP fit, started by test_ddp.py: ``python ddp_worker.py OUT VARIANT [CHECKPOINT]``."""
+"""One rank of DDP fits in turn, started by test_ddp.py: ``python ddp_worker.py FOLDER VARIANT...``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from processes import note_end
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
@@ -23,6 +24,7 @@ from lightning_prune.scores.importance import IMPORTANCES
 from lightning_prune.training import callback as callbacks
 from lightning_prune.training.callback import StructuredPruning
 
+follow_cut = callbacks.follow_cut
 warnings.simplefilter("ignore")
 warnings.filterwarnings("error", message=".*sync_dist")  # advice on how we log
 VARIANTS = {
@@ -126,14 +128,12 @@ def data():
     return DataLoader(TensorDataset(x, (x.mean(dim=(1, 2, 3)) > 0).long()), batch_size=4)
 
 
-def main(out, variant):
-    torch.set_num_threads(1)
+def fit(variant, out):
     torch.manual_seed(0)
     model = ByHand() if variant == "static_manual" else Net()
     if variant == "spawn":
         checkpoint.prepare(model)
-    if variant == "broken":
-        callbacks.follow_cut = lambda *args: None
+    callbacks.follow_cut = (lambda *args: None) if variant == "broken" else follow_cut
     options = {"options": {"reg": 0.01, "importance": "random" if variant == "default" else "group_norm"}}
     if variant in IMPORTANCES:
         options["options"]["importance"] = variant
@@ -154,8 +154,20 @@ def main(out, variant):
         enable_model_summary=False,
     )
     trainer.fit(model, data())
-    if variant == "spawn":
-        Path(f"{out}.main").write_text(json.dumps(list(trainer.lightning_module.conv.weight.shape)))
+    return trainer
+
+
+def main(folder, *variants):
+    torch.set_num_threads(1)
+    for variant in variants:
+        trainer = fit(variant, Path(folder, f"{variant}.json"))
+        if variant == "spawn":
+            shape = list(trainer.lightning_module.conv.weight.shape)
+            Path(folder, f"{variant}.json.main").write_text(json.dumps(shape))
+        if dist.is_initialized():  # by now every rank is through, or there is none but this
+            dist.barrier()
+        if trainer.is_global_zero:
+            note_end(Path(folder), variant)
 
 
 if __name__ == "__main__":

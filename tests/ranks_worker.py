@@ -1,6 +1,6 @@
-"""One rank of a fit, started by test_ranks.py: ``python ranks_worker.py MODE FOLDER``.
+"""One rank of fits in turn, started by test_ranks.py: ``python ranks_worker.py FOLDER VARIANT...``.
 
-``popen`` and ``spawn`` name how the other rank starts; the fit is then made in every kind of DDP, one by one.
+``popen-KIND`` and ``spawn-KIND`` name how the other rank starts, and the kind of DDP.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from processes import note_end
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -24,6 +26,7 @@ from torch.utils.data import DataLoader
 from lightning_prune import GroupNormPruner, StructuredPruning, checkpoint
 from lightning_prune.training import callback as callbacks_of_ours
 
+follow_cut = callbacks_of_ours.follow_cut
 EPOCHS = 4
 KINDS = {
     "default": {},
@@ -123,48 +126,55 @@ def single(*, pruned_before=False):
     return model
 
 
-def every_kind(start_method, folder):
-    for kind, options in KINDS.items():
-        torch.manual_seed(0)
-        model = checkpoint.prepare(Net())
-        trainer = Trainer(
-            strategy=DDPStrategy(process_group_backend="gloo", start_method=start_method, **options),
-            devices=RANKS,
-            callbacks=[Pruning(), Writer(Path(folder, f"{start_method}-{kind}-"))],
-            enable_checkpointing=False,
-            **QUIET,
-        )
-        trainer.fit(model)
-        if trainer.global_rank == 0:  # trained weights come back to a process that spawned all ranks
-            Path(folder, f"{start_method}-{kind}-main.txt").write_text(digest(model))
+def strategy_of(variant):
+    if variant in ("sharded", "refused"):
+        return ModelParallelStrategy(data_parallel_size=RANKS, tensor_parallel_size=1)
+    start_method, _, kind = variant.partition("-")
+    options = KINDS[kind] | {"start_method": start_method} if kind else {}
+    if variant == "broken":
+        options = {"find_unused_parameters": True}
+    return DDPStrategy(process_group_backend="gloo", **options)
 
 
-def main(mode, folder):
+def fit(variant, folder):
+    callbacks_of_ours.follow_cut = (lambda *args: None) if variant == "broken" else follow_cut
+    torch.manual_seed(0)
+    sharded, saves = variant in ("sharded", "refused"), variant in ("whole", "killed", "restarted", "broken")
+    model = Sharded() if sharded else Net()
+    if "-" in variant:
+        checkpoint.prepare(model)
+    saved = folder / ("killed" if variant == "restarted" else variant)
+    callbacks = [
+        Writer(folder / f"{variant}-"),
+        *([] if variant == "sharded" else [Pruning()]),
+        *([ModelCheckpoint(saved, "{epoch}", save_top_k=-1)] if saves else []),
+        *([Killer()] if variant == "killed" else []),
+    ]
+    trainer = Trainer(
+        strategy=strategy_of(variant), devices=RANKS, callbacks=callbacks, enable_checkpointing=saves, **QUIET
+    )
+    trainer.fit(model, ckpt_path=last_of(saved) if variant == "restarted" else None)
+    return trainer
+
+
+def last_of(saved):
+    """Choose where to go on, and write down what there was to choose from."""
+    checkpoints = sorted(saved.glob("*.ckpt"))
+    (saved / "found.txt").write_text(" ".join(path.name for path in checkpoints))
+    return checkpoints[-1]
+
+
+def main(folder, *variants):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    if mode in ("popen", "spawn"):
-        every_kind(mode, folder)
-        return
-    if mode == "broken":
-        callbacks_of_ours.follow_cut = lambda *args: None
-    torch.manual_seed(0)
-    saver = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
-    sharded = mode in ("sharded", "refused")
-    callbacks = [Writer(Path(folder, mode)), *([] if mode == "sharded" else [Pruning()])]
-    if mode == "killed":
-        callbacks.append(Killer())
-    trainer = Trainer(
-        strategy=ModelParallelStrategy(data_parallel_size=RANKS, tensor_parallel_size=1)
-        if sharded
-        else DDPStrategy(process_group_backend="gloo", find_unused_parameters=mode == "broken"),
-        devices=RANKS,
-        callbacks=callbacks if sharded else [*callbacks, saver],
-        enable_checkpointing=not sharded,
-        **QUIET,
-    )
-    model = Sharded() if sharded else Net()
-    last = max(Path(folder).glob("*.ckpt"), default=None) if mode == "restarted" else None
-    trainer.fit(model, ckpt_path=last)
+    for variant in variants:
+        trainer = fit(variant, Path(folder))
+        if dist.is_initialized():  # by now every rank is through, or there is none but this
+            dist.barrier()
+        if trainer.is_global_zero:
+            if "-" in variant:  # trained weights come back to a process that spawned all ranks
+                Path(folder, f"{variant}-main.txt").write_text(digest(trainer.lightning_module))
+            note_end(Path(folder), variant)
 
 
 if __name__ == "__main__":

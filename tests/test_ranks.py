@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from processes import TIMEOUT, run
+from processes import TIMEOUT, asked_for, run_each
 from ranks_worker import KINDS, digest, single
 from test_callback import build, pytestmark  # noqa: F401 - same filters
 
@@ -16,75 +16,88 @@ from lightning_prune.errors import StrategyError
 from lightning_prune.training.strategies import check_set_up
 
 WORKER = Path(__file__).with_name("ranks_worker.py")
+STARTED, SPAWNED = ([f"{how}-{kind}" for kind in KINDS] for how in ("popen", "spawn"))
 multiprocess, patiently = pytest.mark.multiprocess, pytest.mark.timeout(3 * TIMEOUT)
 
 
-def start(mode, folder):
-    """Give the exit code, what was said, and per rank what it held in the end."""
-    code, said = run(WORKER, mode, folder)
-    return code, said, [file.read_text().split() for file in sorted(Path(folder).glob(f"{mode}?.txt"))]
+@pytest.fixture(scope="module")
+def ended(request, tmp_path_factory):
+    """Give the folder of all variants, and per variant the exit code and what was said.
+
+    One that must fail ends its processes, so those are the last ones, and the one that goes on gets new ones.
+    """
+    folder = tmp_path_factory.mktemp("variants")
+    orders = [["whole", *STARTED, "broken", "killed", "restarted", "sharded", "refused"], SPAWNED]
+    started, spawned = (run_each(WORKER, folder, asked_for(request, order)) for order in orders)
+    return folder, started | spawned
+
+
+def held(variant, ended):
+    """Give what each rank of a variant held in the end, once it has ended well."""
+    folder, outcomes = ended
+    code, said = outcomes[variant]
+    assert code == 0, f"{variant} ended with {code}: {said[-8000:]}"
+    return [(folder / f"{variant}-{rank}.txt").read_text().split() for rank in (0, 1)]
+
+
+def said_by(variant, ended):
+    """Give what a variant said that ended before any of its ranks was through."""
+    folder, outcomes = ended
+    code, said = outcomes[variant]
+    assert code, f"{variant} did not fail"
+    assert list(folder.glob(f"{variant}-*")) == []
+    return said
 
 
 @multiprocess
 @patiently
-def test_two_ranks_give_the_bits_of_one_process_and_one_may_die(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    code, said, ranks = start("whole", whole)
-    assert code == 0, said[-3000:]
-    assert ranks[0] == ranks[1]
+@pytest.mark.parametrize("variant", ["whole", *STARTED, *SPAWNED])
+def test_two_ranks_give_the_bits_of_one_process(ended, variant):
     model = single()
     assert model.conv.out_channels == 4
-    assert ranks[0] == [digest(model), "4", "4", "Parameter"]
+    expected = digest(model)
+    assert held(variant, ended) == [[expected, "4", "4", "Parameter"]] * 2
+    if variant != "whole":
+        assert (ended[0] / f"{variant}-main.txt").read_text() == expected
     with torch.no_grad():
         model.fc.bias[0] += 1e-6
-    assert digest(model) != ranks[0][0]  # the comparison can fail
-    code, _, ranks = start("killed", killed)
-    assert code != 0
-    assert ranks == []
-    assert sorted(file.name for file in killed.iterdir()) == ["epoch=0.ckpt", "epoch=1.ckpt"]
-    code, said, again = start("restarted", killed)
-    assert code == 0, said[-3000:]
-    assert again[0] == again[1]
-    assert again[0][0] == digest(single())
+    assert digest(model) != expected  # the comparison can fail
 
 
 @multiprocess
 @patiently
-@pytest.mark.parametrize("start_method", ["popen", "spawn"])
-def test_every_kind_of_ddp_gives_the_bits_of_one_process(tmp_path, start_method):
-    code, said, _ = start(start_method, tmp_path)
-    assert code == 0, said[-3000:]
-    expected = digest(single())
-    for kind in KINDS:
-        held = [(tmp_path / f"{start_method}-{kind}-{who}.txt").read_text() for who in ("0", "1", "main")]
-        assert held == [f"{expected} 4 4 Parameter", f"{expected} 4 4 Parameter", expected], kind
+@pytest.mark.parametrize(("died", "again"), [("killed", "restarted")])
+def test_one_of_two_ranks_may_die(ended, died, again):
+    said_by(died, ended)
+    first, second = held(again, ended)
+    assert (ended[0] / died / "found.txt").read_text() == "epoch=0.ckpt epoch=1.ckpt"
+    assert first == second
+    assert first[0] == digest(single())
 
 
 @multiprocess
 @patiently
-def test_without_rebuilding_the_wrapper_the_bits_are_others(tmp_path):
-    """Guards the test above: it can fail."""
-    code, said, ranks = start("broken", tmp_path)
-    assert code == 0, said[-3000:]
-    assert ranks[0] != ranks[1]
-    assert digest(single()) not in {rank[0] for rank in ranks}
+@pytest.mark.parametrize("variant", ["broken"])
+def test_without_rebuilding_the_wrapper_the_bits_are_others(ended, variant):
+    """Guards the tests above: they can fail."""
+    first, second = held(variant, ended)
+    assert first != second
+    assert digest(single()) not in (first[0], second[0])
 
 
 @multiprocess
 @patiently
-def test_a_network_pruned_before_sharding_trains(tmp_path):
-    code, said, ranks = start("sharded", tmp_path)
-    assert code == 0, said[-3000:]
-    assert ranks[0] == ranks[1]
-    assert ranks[0] == [digest(single(pruned_before=True)), "4", "4", "DTensor"]
+@pytest.mark.parametrize("variant", ["sharded"])
+def test_a_network_pruned_before_sharding_trains(ended, variant):
+    expected = [digest(single(pruned_before=True)), "4", "4", "DTensor"]
+    assert held(variant, ended) == [expected, expected]
 
 
 @multiprocess
 @patiently
-def test_pruning_after_sharding_is_refused_at_set_up(tmp_path):
-    code, said, ranks = start("refused", tmp_path)
-    assert code != 0
-    assert ranks == []
+@pytest.mark.parametrize("variant", ["refused"])
+def test_pruning_after_sharding_is_refused_at_set_up(ended, variant):
+    said = said_by(variant, ended)
     assert "found ModelParallelStrategy" in said
     assert "prune before sharding (in configure_model), or use DDP" in said
 
