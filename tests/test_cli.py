@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from brevity import measure_briefly
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_prune.checkpoint import load_from_checkpoint
@@ -72,6 +73,7 @@ def command(
     """Give a function that types one command in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    measure_briefly(monkeypatch)
 
     def run(*words: str) -> Answer:
         monkeypatch.setattr(sys, "argv", ["lightning-prune", *words])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from brevity import measure_briefly
 
 from lightning_prune import GroupNormPruner
 from lightning_prune.options import PruningOptions
@@ -20,7 +21,6 @@ from lightning_prune.scores.normalizers import NORMALIZERS
 from lightning_prune.selection.schedules import SCHEDULES
 from lightning_prune.tracing.rules import FUNCTIONS, RULES, rule_for
 from lightning_prune.training.callback import StructuredPruning
-from lightning_prune.training.finish import FitReport
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -83,19 +83,13 @@ def own_rules() -> Iterator[None]:
     rule_for.cache_clear()
 
 
-@pytest.fixture
-def no_stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The report at the end of a fit measures latency for a second; pages do not show it."""
-    short = property(lambda report: 0.001, lambda report, value: None)
-    monkeypatch.setattr(FitReport, "seconds", short, raising=False)
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-@pytest.mark.usefixtures("own_rules", "no_stopwatch")
+@pytest.mark.usefixtures("own_rules")
 def test_every_block_runs_and_prints_what_the_page_says(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # pages may write checkpoints
+    measure_briefly(monkeypatch)  # and do not show it
     names: dict[str, Any] = {"__name__": f"docs_{page.stem.replace('-', '_')}"}
     for block in blocks(page.read_text(encoding="utf-8")):
         if block.runs:

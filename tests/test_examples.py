@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from brevity import measure_briefly
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PAGE = (EXAMPLES / "README.md").read_text(encoding="utf-8")
@@ -43,6 +44,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
     before = [(logger, logger.level, logger.handlers[:]) for logger in loggers]
     handler = signal.getsignal(signal.SIGINT)
     monkeypatch.chdir(tmp_path)
+    measure_briefly(monkeypatch)
 
     def start(name: str, *words: str, epochs: int = 2) -> dict[str, Any]:
         monkeypatch.setenv("EPOCHS", str(epochs))

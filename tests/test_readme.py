@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from brevity import measure_briefly
 from hydra import compose, initialize_config_module
 
 import lightning_prune.commands  # noqa: F401  registers the resolver of the schedules
@@ -52,6 +53,7 @@ def _overrides(text: str) -> list[list[str]]:
 
 def test_the_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    measure_briefly(monkeypatch)
     names: dict[str, object] = {"__name__": "readme"}
     blocks = _blocks("python")
     assert blocks

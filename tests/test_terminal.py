@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def typed(*words: str, folder: Path, stop_at: str = "") -> tuple[int, str]:
     process, terminal = pty.fork()
     if process == 0:  # the child, whose terminal sends Ctrl-C to all that runs in front
         os.chdir(folder)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored below a shell's background job
         os.environ |= {"OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "100"}
         os.execv(sys.executable, [sys.executable, "-c", COMMAND, *words])
     shown, is_stopped = "", not stop_at
