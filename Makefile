@@ -109,7 +109,7 @@ lock: ## Renew constraints.txt (needs uv)
 	printf 'torch==2.13.0\ntorchvision==0.28.0\n' > .pins
 	{ sed '/^#/!d' constraints.txt; \
 	  uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --constraint .pins \
-	    --no-header --no-annotate --quiet | grep -v -E '^(nvidia-|cuda-|triton)'; } > .lock
+	    --no-header --no-annotate --quiet | grep -v -E '^(nvidia-|cuda-)'; } > .lock
 	mv .lock constraints.txt
 	rm .pins
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+
 from lightning_prune.errors import OptionError
 
 __all__ = ["BUDGETS", "PruningOptions", "check_budget"]
@@ -49,7 +51,8 @@ class PruningOptions:
         reg: Strength of the sparsity penalty, >= 0.
         alpha: The weakest unit is pressed ``2 ** alpha`` times as hard as the strongest, in [0, 64].
         nan_policy: What non-finite numbers do: ``raise``, ``skip`` or ``zero``.
-        fused: Press weights on a CPU by native loops, which take less time; needs the extra ``fused``.
+        fused: Press weights by kernels of our own on a GPU and by native loops on a CPU, which takes less
+            time than PyTorch's operations. None: on a GPU alone. True needs the extra ``fused``.
         forward_fn: ``forward_fn(model, example_inputs)`` replaces the call of the model.
         output_transform: Applied to the output of the traced forward.
     """
@@ -77,7 +80,7 @@ class PruningOptions:
     reg: float = 1e-4
     alpha: float = 4.0
     nan_policy: str = "skip"
-    fused: bool = False
+    fused: bool | None = None
     forward_fn: Callable[..., Any] | None = None
     output_transform: Callable[..., Any] | None = None
 
@@ -97,12 +100,12 @@ class PruningOptions:
             "prune_num_heads",
             "prune_head_dims",
             "include_bias",
-            "fused",
         )
         for name in flags:
             _one_of(name, getattr(self, name), (True, False))
+        _one_of("fused", self.fused, (True, False, None))
         if self.fused:
-            _installed("fused", "numba")
+            _can_fuse()
         _one_of("nan_policy", self.nan_policy, ("raise", "skip", "zero"))
         _number("reg", self.reg, float("inf"))
         _number("alpha", self.alpha, 64.0)
@@ -143,11 +146,16 @@ def _number(name: str, value: Any, high: float) -> None:
         raise OptionError(f"{name} must be a number in [0, {high:g}], got {value!r}")
 
 
-def _installed(name: str, package: str) -> None:
-    if find_spec(package) is None:
+def _can_fuse() -> None:
+    if find_spec("numba") is None:
         raise OptionError(
-            f"{name}=True needs {package}, which is not installed: pip install 'lightning-prune[{name}]', "
-            f"or leave {name}=False"
+            "fused=True needs numba, which is not installed: pip install 'lightning-prune[fused]', "
+            "or leave fused=False"
+        )
+    if torch.cuda.is_available() and find_spec("triton") is None:
+        raise OptionError(
+            "fused=True needs Triton for the GPU of this machine, and it is not installed; it comes with "
+            "PyTorch's builds for Linux. Install it, or leave fused=False"
         )
 
 

@@ -112,7 +112,7 @@ class GroupNormPruner(Questions):
         reg: float = 1e-4,
         alpha: float = 4.0,
         nan_policy: str = "skip",
-        fused: bool = False,
+        fused: bool | None = None,
         forward_fn: Callable[..., Any] | None = None,
         output_transform: Callable[..., Any] | None = None,
     ) -> None:

@@ -22,10 +22,12 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 torch.set_num_threads(1)  # pytest-xdist runs one process per core
+if not torch.cuda.is_available():  # Triton asks once, when it is first imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 REGULARIZER = "lightning_prune.scores.regularizer"  # imported when it is needed
-# Lightning sets these itself (seed_everything, deterministic=True).
-SET_BY_LIGHTNING = {"PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUBLAS_WORKSPACE_CONFIG"}
+# Lightning sets these itself (seed_everything, deterministic=True, on a GPU).
+SET_BY_LIGHTNING = {"PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUBLAS_WORKSPACE_CONFIG", "CUDA_DEVICE_ORDER"}
 
 
 def _import_torchvision() -> None:
@@ -92,9 +94,21 @@ def no_leaks() -> Iterator[None]:
     assert not changed, f"the test left global state changed (before, after): {changed}"
 
 
-@pytest.fixture(params=[False, True], ids=["torch", "fused"])
-def every_loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a test of the regulariser run with PyTorch's operations and with the native loops."""
+@pytest.fixture(params=["torch", "fused", "kernels"])
+def every_loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Let a test of the regulariser run by PyTorch's operations, by the native loops, and by the kernels."""
+    if request.param == "kernels":
+        request.getfixturevalue("interpreted_kernels")
     monkeypatch.setitem(
-        import_module(REGULARIZER).Regularizer.__init__.__kwdefaults__, "fused", request.param
+        import_module(REGULARIZER).Regularizer.__init__.__kwdefaults__, "fused", request.param != "torch"
     )
+    return str(request.param)
+
+
+@pytest.fixture
+def interpreted_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Triton's interpreter run the kernels of a GPU on the tensors of a CPU."""
+    pytest.importorskip("triton", reason="Triton is published for Linux alone")
+    if torch.cuda.is_available():
+        pytest.skip("where there is a GPU, the kernels are compiled for it")
+    monkeypatch.setattr("lightning_prune.scores.launching.DEVICES", ("cpu",))

@@ -141,6 +141,6 @@ def test_a_fork_of_a_process_that_ran_them_is_left_to_pytorch(monkeypatch):
 
 def test_without_numba_the_option_is_refused_at_once(monkeypatch):
     monkeypatch.setattr("lightning_prune.options.find_spec", lambda name: None)
-    assert PruningOptions().fused is False
+    assert PruningOptions().fused is None
     with pytest.raises(OptionError, match=r"fused=True needs numba.*pip install 'lightning-prune\[fused\]'"):
         PruningOptions(fused=True)

@@ -175,14 +175,17 @@ def error_on_sync() -> Iterator[None]:
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed"])
 @pytest.mark.parametrize("policy", ["raise", "skip", "zero"])
 @pytest.mark.parametrize("update_every", [1, 3])
-def test_no_step_synchronises_a_gpu(precision, policy, update_every):
-    callback = Guarded(error_on_sync, update_every=update_every, options={"nan_policy": policy})
+@pytest.mark.parametrize("fused", [False, True], ids=["torch", "fused"])
+def test_no_step_synchronises_a_gpu(precision, policy, update_every, fused):
+    options = {"nan_policy": policy, "fused": fused}
+    callback = Guarded(error_on_sync, update_every=update_every, options=options)
     fit(build(), callback, accelerator="gpu", devices=1, precision=precision, log_every_n_steps=50)
     assert callback.guarded == 18
 
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")
 def test_the_profiler_sees_no_synchronisation_in_a_step():
     names: set[str] = set()
 

@@ -23,7 +23,7 @@ from naive_penalty import (
 
 from lightning_prune.errors import OptionError, PruneError, StaleGraphError
 from lightning_prune.graph.groups import Group
-from lightning_prune.scores import regularizer as module
+from lightning_prune.scores import walks
 from lightning_prune.scores.layout import plan_blocks
 from lightning_prune.scores.regularizer import Regularizer
 
@@ -53,7 +53,7 @@ def test_every_kind_of_tensor_gets_its_gradient_and_biases_none(name):
 
 @pytest.mark.parametrize("chunk", [1, 16, 60])
 def test_large_tensors_are_walked_in_chunks(monkeypatch, chunk):
-    monkeypatch.setattr(module, "CHUNK_CPU", chunk)
+    monkeypatch.setattr(walks, "CHUNK_CPU", chunk)
     tensors, groups = parameters(), [channels(), *others()]
     start = before(tensors)
     Regularizer(groups, tensors, reg=0.1).apply()
@@ -97,7 +97,7 @@ def test_gammas_of_a_state_are_those_that_multiply():
 
 
 def test_chunks_leave_non_finite_elements_out_as_well(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_CPU", 16)
+    monkeypatch.setattr(walks, "CHUNK_CPU", 16)
     tensors, groups = parameters(), [channels(), *others()]
     clean = {n: t.detach().clone().requires_grad_() for n, t in tensors.items()}
     with torch.no_grad():
@@ -187,7 +187,7 @@ def test_dimensions_with_different_rows_meet_in_one_tensor():
 
 @pytest.mark.parametrize("chunk", [2, 1000])
 def test_groups_of_one_output_have_rows_and_outputs_along_one_axis(monkeypatch, chunk):
-    monkeypatch.setattr(module, "CHUNK_CPU", chunk)
+    monkeypatch.setattr(walks, "CHUNK_CPU", chunk)
     w = torch.nn.Parameter(torch.randn(3, 2, 1, dtype=torch.float64))
     w.grad = torch.zeros_like(w)
     groups = [
@@ -355,7 +355,7 @@ def test_refresh_on_demand():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_computed_in_float32_and_rounded_once(dtype):
+def test_low_precision_is_computed_in_float32_and_rounded_once(dtype, every_loop):
     tensors, groups = parameters(dtype), [channels(), *others()]
     for t in tensors.values():
         t.grad.zero_()
@@ -365,10 +365,10 @@ def test_low_precision_is_computed_in_float32_and_rounded_once(dtype):
     for name, wanted in naive_gradients(groups, wide, 0.1).items():
         found = tensors[name].grad
         assert found.dtype == dtype
-        # One rounding: half a unit in the last place of the format, float32 noise aside.
-        torch.testing.assert_close(
-            found.double(), wanted, rtol=torch.finfo(dtype).eps * 0.501 + 1e-5, atol=1e-7
-        )
+        # One rounding: half a unit in the last place of the format, float32 noise aside. Triton's interpreter
+        # cuts digits off instead.
+        rtol = torch.finfo(dtype).eps * (1.001 if every_loop == "kernels" else 0.501) + 1e-5
+        torch.testing.assert_close(found.double(), wanted, rtol=rtol, atol=1e-7)
     assert set(regularizer.low_precision) == {n for n in SHAPES if not n.endswith("bias")}
     assert Regularizer(groups, parameters()).low_precision == ()
 

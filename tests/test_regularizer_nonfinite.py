@@ -121,6 +121,7 @@ def test_a_weight_that_breaks_between_refreshes_never_reaches_a_gradient(policy)
     assert not torch.equal(tensors["a"].grad, start["a"])
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # of Triton's interpreter
 def test_squares_that_overflow_rest_too_and_the_group_is_named():
     w = torch.nn.Parameter(torch.tensor([[1e30], [1.0]]))
     w.grad = torch.zeros_like(w)

@@ -15,7 +15,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-__all__ = ["PIECES", "Block", "Slot", "plan_blocks", "unrepeat"]
+__all__ = ["PIECES", "Block", "Slot", "place", "plan_blocks", "unrepeat"]
 
 # Trailing axes shorter than this are folded into the one before: loops over 9 elements of a 3x3 kernel cost
 # three times as much as one loop over a row.
@@ -210,10 +210,10 @@ def plan_blocks(tensors: Mapping[str, Tensor], wanted: Iterable[tuple[str, int, 
             table[name, split] = sorted(d for d in dims if d[1] == split or (d[1] == 1 and i == 0))
     drafts = [_draft(name, tensors[name], split, dims) for (name, split), dims in table.items()]
     drafts.sort(key=lambda block: not block.is_vector)
-    return _place(drafts)
+    return place(drafts)
 
 
-def _place(blocks: Sequence[Block]) -> list[Block]:
+def place(blocks: Sequence[Block]) -> list[Block]:
     """Give the slots their places in the flat vector."""
     placed, start = [], 0
     for block in blocks:

@@ -89,6 +89,14 @@ class Positions:
         flat = torch.zeros(self.count, dtype=values.dtype, device=values.device)
         return flat.index_add_(0, self.take, values.index_select(0, self.into))
 
+    def by_position(self) -> tuple[Tensor, Tensor]:
+        """Give the units that own each position, [pairs], and where those of each begin, [count + 1]."""
+        order = torch.argsort(self.take.to("cpu"), stable=True)
+        owners = self.into.to("cpu")[order].to(self.into.device)
+        counts = torch.bincount(self.take.to("cpu"), minlength=self.count)
+        ends = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        return owners, ends.to(self.into.device)
+
     def extremes(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Give every unit the least and the greatest value of its group: [n_units] -> two of [n_units]."""
         start = values.new_zeros(self.n_groups)

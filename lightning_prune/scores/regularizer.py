@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from lightning_prune.errors import CheckpointMismatchError, OptionError, PruneError, StaleGraphError
 from lightning_prune.graph.groups import Group
-from lightning_prune.scores import fused as native
+from lightning_prune.scores.gammas import Gammas
+from lightning_prune.scores.launching import KernelGammas, KernelWalk, usable
 from lightning_prune.scores.layout import plan_blocks
 from lightning_prune.scores.members import (
     answers_at_once,
@@ -34,14 +36,13 @@ from lightning_prune.scores.members import (
     scored_members,
 )
 from lightning_prune.scores.positions import Positions
+from lightning_prune.scores.walks import Walk
 
 __all__ = ["Regularizer"]
 
-# Elements per chunk: 1 MB of float32, which the cores' own caches hold beside weight and gradient; an
-# accelerator wants fewer, larger kernels.
-CHUNK_CPU = 1 << 18
-CHUNK_DEVICE = 1 << 23
 MAX_ALPHA = 64.0
+# What the layout hangs on; the shape comes first.
+FACTS = (attrgetter("shape"), attrgetter("dtype"), attrgetter("device"), Tensor.stride)
 
 
 class Regularizer:
@@ -62,8 +63,8 @@ class Regularizer:
             at once, before anything is written; an accelerator is not waited for, there the groups rest
             until ``check`` warns or raises. Nothing non-finite is written under any policy.
         update_every: Scores and gammas are computed anew every so many calls of ``apply``.
-        fused: On a CPU, let loops that Numba compiles do in one pass what PyTorch does in several. The last
-            digits differ.
+        fused: Whether kernels that Triton compiles (on a GPU) or loops that Numba compiles (on a CPU) do in
+            one pass what PyTorch does in several; the last digits differ. None: on a GPU if they compile.
 
     Raises:
         OptionError: If an option is out of range.
@@ -90,7 +91,7 @@ class Regularizer:
         include_bias: bool = False,
         nan_policy: str = "skip",
         update_every: int = 1,
-        fused: bool = False,
+        fused: bool | None = None,
     ) -> None:
         self.reg = check_number("reg", reg, math.inf)
         self.alpha = check_number("alpha", alpha, MAX_ALPHA)
@@ -128,7 +129,7 @@ class Regularizer:
         """Per group, the gammas of the last refresh, [n_units]; 0 where the group rests."""
         if self._age is None:
             self.refresh()
-        return list(torch.split(self._gamma, [g.n_units for g in self._groups])) if self._groups else []
+        return self._gammas.per_group()
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -140,15 +141,10 @@ class Regularizer:
         """
         self._follow()
         self._age = 0
-        if not self._blocks:
-            return
-        views = [b.look(real(self._parameters[b.tensor].detach())) for b in self._blocks]
-        sums = self._sums(views, clean=False)
-        self._dirty = ~sums.isfinite().all()
-        if self.nan_policy == "zero" and self._is_dirty():
-            sums = self._sums(views, clean=True)
-        self._set_gamma(self._positions.sums(sums))
-        self._notice()
+        if self._blocks:
+            raw = self._walk.sums(clean=False)
+            self._gammas.refresh(self._cleaned(raw), raw)
+            self._notice()
 
     @torch.no_grad()
     def apply(self, grad_scale: float | Tensor = 1.0) -> None:
@@ -171,7 +167,7 @@ class Regularizer:
             self._watch()
         self._age = (self._age or 0) + 1
         if self._blocks and self.reg:
-            self.skipped += self._resting.sum()
+            self.skipped += self._gammas.resting.sum()
             self._write(grad_scale)
 
     @torch.no_grad()
@@ -179,7 +175,7 @@ class Regularizer:
         """Give ``reg / 2 * sum gamma * I`` of the last refresh, a scalar; groups that rest add nothing."""
         if self._age is None:
             self.refresh()
-        return self.reg / 2 * (self._gamma * self._scores).sum()
+        return self.reg / 2 * (self._gammas.gamma * self._gammas.scores).sum()
 
     def check(self) -> None:
         """Look at what was found not finite since the last look. Waits for the device: call it when logging.
@@ -190,11 +186,13 @@ class Regularizer:
         Warns:
             UserWarning: Once, with the tensors' names, under the other policies.
         """
-        if not self._blocks or (self._warned and self.nan_policy != "raise") or not bool(self._seen):
+        if not self._blocks or (self._warned and self.nan_policy != "raise"):
             return
-        self._seen.zero_()
+        if not bool(self._gammas.seen):
+            return
+        self._gammas.seen.zero_()
         names = non_finite((block.tensor for block in self._blocks), self._parameters)
-        rested = [g.name for g, r in zip(self._groups, self._rested.tolist(), strict=True) if r]
+        rested = [g.name for g, r in zip(self._groups, self._gammas.rested.tolist(), strict=True) if r]
         where = f"NaN or infinity in {listed(names)}"
         if not names:
             where = f"sums of squares of {listed(rested)} that were not finite, though the weights are now"
@@ -213,26 +211,23 @@ class Regularizer:
         seen = {name: real(t.detach()) for name, t in self._parameters.items()}
         members = [m for group in self._members for m in group]
         self._blocks = plan_blocks(seen, ((m.tensor, m.dim, m.rows) for m in members))
-        self._signature = [_facts(self._parameters[b.tensor]) for b in self._blocks]
-        self._vectors = sum(b.is_vector for b in self._blocks)
+        self._tensors = [self._parameters[b.tensor] for b in self._blocks]
+        self._signature = _facts(self._tensors)
         first = seen[self._blocks[0].tensor] if self._blocks else torch.empty(0)
         wide = any(seen[b.tensor].dtype == torch.float64 for b in self._blocks)
         self._device, self._dtype = first.device, torch.float64 if wide else torch.float32
         # A CPU answers at once; asking an accelerator would stall it.
         self._immediate = answers_at_once(self._device)
-        limit = CHUNK_CPU if self._immediate else CHUNK_DEVICE
-        self._steps = [b.step(limit) for b in self._blocks]
-        self._scratch = max(
-            (s * math.prod(b.view[1:]) for s, b in zip(self._steps, self._blocks, strict=True)), default=0
-        )
-        self._positions = Positions.of(self._blocks, self._groups, self._members, self._device)
         self._age = None
-        self._seen = torch.zeros((), dtype=torch.bool, device=self._device)
-        self._dirty = self._seen.clone()
-        self._gamma = torch.ones(sum(g.n_units for g in self._groups), dtype=self._dtype, device=self._device)
-        self._scores = torch.zeros_like(self._gamma)
-        self._resting = torch.zeros(len(self._groups), dtype=torch.bool, device=self._device)
-        self._rested = self._resting.clone()
+        positions = Positions.of(self._blocks, self._groups, self._members, self._device)
+        self._launches = bool(self._blocks) and usable(self._device, fused=self._fused)
+        kind = KernelGammas if self._launches else Gammas
+        self._gammas = kind(positions, self._groups, reg=self.reg, alpha=self.alpha, dtype=self._dtype)
+        self._walk: Walk | KernelWalk = (
+            KernelWalk(self._blocks, self._parameters, self._dtype)
+            if self._launches
+            else Walk(self._blocks, self._parameters, self._dtype, fused=self._fused is True)
+        )
 
     def _follow(self) -> None:
         """Rebuild after a change of device, type or memory format.
@@ -240,62 +235,40 @@ class Regularizer:
         Raises:
             StaleGraphError: If a shape changed: the groups then describe another model.
         """
-        now = [_facts(self._parameters[b.tensor]) for b in self._blocks]
+        now = _facts(self._tensors)
         if now == self._signature:
             return
-        for block, (shape, *_), (before, *_) in zip(self._blocks, now, self._signature, strict=True):
+        for block, shape, before in zip(self._blocks, now[0], self._signature[0], strict=True):
             if shape != before:
                 raise StaleGraphError(
                     f"the regulariser was built for {block.tensor!r} of shape {list(before)}, it has "
                     f"{list(shape)} now; call update_regularizer() after a cut"
                 )
-        age, per_unit, resting = self._age, (self._gamma, self._scores), self._resting
+        age, before = self._age, self._gammas
         self._build()
         self.skipped = self.skipped.to(self._device)
         if age is not None:  # numbers per unit do not hang on where the weights lie
-            self._age, self._resting = age, resting.to(self._device)
-            self._gamma, self._scores = (v.to(self._device, self._dtype) for v in per_unit)
-            self._set_factors(self._gamma)
+            self._age = age
+            self._gammas.restore(before.gamma, before.scores)
+            self._gammas.rest(before.resting.to(self._device))
+
+    def _cleaned(self, raw: Tensor) -> Tensor:
+        """Give the sums again without what is not finite, where the policy says so and there may be such."""
+        if self.nan_policy != "zero" or (self._immediate and bool(raw.isfinite().all())):
+            return raw
+        return self._walk.sums(clean=True)
 
     def _is_dirty(self) -> bool:
         """Whether something may not be finite; an accelerator is not asked, the answer there is yes."""
-        return not self._immediate or bool(self._dirty)
-
-    def _sums(self, views: Sequence[Tensor], *, clean: bool) -> Tensor:
-        """Sum squares per position, [positions]."""
-        if clean:
-            views = [v.nan_to_num(0, 0, 0) for v in views]
-        n = self._vectors
-        parts = [torch.cat([v.flatten() for v in views[:n]]).to(self._dtype).square()] if n else []
-        scratch = torch.empty(self._scratch, dtype=self._dtype, device=self._device)
-        for block, view, step in zip(self._blocks[n:], views[n:], self._steps[n:], strict=True):
-            if self._fused and native.serves(block, view, scratch):
-                parts += native.sums(block, view)
-            else:
-                parts += block.sums(view, scratch, step)
-        return torch.cat(parts)
-
-    def _set_gamma(self, scores: Tensor) -> None:
-        finite = scores.isfinite()
-        self._resting = self._positions.any_unit(~finite)
-        self._scores = torch.where(finite, scores, 0)
-        lowest, highest = self._positions.extremes(self._scores)
-        span = highest - lowest
-        # Equal units: 0 / 1, so gamma is 1.
-        weakness = (highest - self._scores) / torch.where(span > 0, span, 1)
-        self._gamma = self._unless_resting(torch.exp2(self.alpha * weakness))
-        self._set_factors(self._gamma)
-
-    def _unless_resting(self, gamma: Tensor) -> Tensor:
-        return torch.where(self._resting[self._positions.group_of], 0, gamma)
-
-    def _set_factors(self, gamma: Tensor) -> None:
-        """Add up per position what the groups that reach it ask for."""
-        self._flat = self._positions.spread(gamma).mul_(self.reg)
+        return not self._immediate or bool(self._gammas.dirty)
 
     def _watch(self) -> None:
         """Look for weights that stopped being finite since the gammas were computed."""
         if not self._blocks:
+            return
+        if self._launches and not self._immediate:  # sums take no more than any other look at all weights
+            raw = self._walk.sums(clean=False)
+            self._gammas.refresh(self._cleaned(raw), raw, keep=True)
             return
         tensors = [self._parameters[b.tensor].detach() for b in self._blocks]
         if self._immediate:
@@ -304,66 +277,26 @@ class Regularizer:
         else:
             found = torch.stack(torch._foreach_norm(tensors, 1)).to(self._dtype)
         sick = ~found.isfinite()
-        self._dirty = sick.any()
+        self._gammas.dirty = sick.any()
         if self.nan_policy == "zero":
+            self._gammas.note()
             self._notice()
         elif not self._immediate:
-            self._resting = self._positions.any_tensor(sick)
-            self._set_factors(self._unless_resting(self._gamma))
-            self._notice()
-        elif bool(self._dirty | self._resting.any()):
+            self._gammas.rest(self._gammas.positions.any_tensor(sick))
+            self._gammas.note()
+        elif bool(self._gammas.dirty | self._gammas.resting.any()):
             self.refresh()
 
     def _notice(self) -> None:
-        """Remember on the device what was found; a CPU is asked at once."""
-        self._seen |= self._dirty
-        self._rested |= self._resting
+        """Ask a CPU at once what was found; an accelerator remembers it."""
         if self._immediate:
             self.check()
 
     def _write(self, grad_scale: float | Tensor) -> None:
-        flat, clean = self._flat, self._is_dirty()
+        flat, clean = self._gammas.factors, self._is_dirty()
         if isinstance(grad_scale, Tensor) or grad_scale != 1:
             flat = flat * grad_scale
-        targets, updates = self._small_updates(flat, clean=clean)
-        scratch = torch.empty(self._scratch, dtype=self._dtype, device=self._device)
-        n = self._vectors
-        # Backwards: what the sums have read last may still lie in the cache.
-        for block, step in reversed(list(zip(self._blocks[n:], self._steps[n:], strict=True))):
-            parameter = self._parameters[block.tensor]
-            grad = _grad(parameter)
-            if grad is None:
-                continue
-            view, factors = block.look(real(parameter.detach())), block.spread(flat)
-            try:
-                into = block.look(real(grad))
-            except RuntimeError:  # the gradient lies otherwise in memory than its parameter
-                targets.append(grad)
-                updates.append(torch.zeros_like(parameter))
-                into = block.look(real(updates[-1]))
-            if self._fused and not clean and native.serves(block, view, into, *factors):
-                native.add_scaled(block, into, view, factors)
-            else:
-                block.add_scaled(into, view, factors, scratch, step=step, clean=clean)
-        if targets:
-            torch._foreach_add_(targets, updates)
-
-    def _small_updates(self, flat: Tensor, *, clean: bool) -> tuple[list[Tensor], list[Tensor]]:
-        """Give the gradients of all vectors and what to add to them, made in one go."""
-        live, sizes, weights = [], [], []
-        for block in self._blocks[: self._vectors]:
-            parameter = self._parameters[block.tensor]
-            live.append(_grad(parameter))
-            sizes.append(parameter.numel())
-            weights.append(block.look(parameter.detach()).flatten())
-        if not weights:
-            return [], []
-        joined = torch.cat(weights).to(self._dtype)
-        if clean:
-            joined = joined.nan_to_num_(0, 0, 0)
-        updates = torch.split(joined.mul_(flat[: len(joined)]), sizes)
-        pairs = [(g, u.view(g.shape)) for g, u in zip(live, updates, strict=True) if g is not None]
-        return [g for g, _ in pairs], [u for _, u in pairs]
+        self._walk.add(flat, clean=clean)
 
     @staticmethod
     def first_state(groups: Sequence[Group]) -> dict[str, Any]:
@@ -373,7 +306,7 @@ class Regularizer:
 
     def state_dict(self) -> dict[str, Any]:
         """Give what the coming steps depend on besides the weights, as numbers and lists."""
-        held = {"gamma": self._gamma.tolist(), "scores": self._scores.tolist()}
+        held = {"gamma": self._gammas.gamma.tolist(), "scores": self._gammas.scores.tolist()}
         return {"age": self._age, "skipped": int(self.skipped), **held}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -382,22 +315,13 @@ class Regularizer:
         Raises:
             CheckpointMismatchError: If the state is of other groups.
         """
-        if not len(state["gamma"]) == len(state["scores"]) == len(self._gamma):
+        if not len(state["gamma"]) == len(state["scores"]) == len(self._gammas.gamma):
             raise CheckpointMismatchError(
-                f"a state of {len(state['gamma'])} units, these groups have {len(self._gamma)}"
+                f"a state of {len(state['gamma'])} units, these groups have {len(self._gammas.gamma)}"
             )
         self._age, self.skipped = state["age"], torch.full_like(self.skipped, state["skipped"])
-        self._gamma, self._scores = (self._gamma.new_tensor(state[name]) for name in ("gamma", "scores"))
-        # A gamma is 2 to some power; 0 marks a group that rests.
-        self._resting = self._positions.any_unit(self._gamma == 0)
-        self._set_factors(self._gamma)
+        self._gammas.restore(*(self._gammas.gamma.new_tensor(state[name]) for name in ("gamma", "scores")))
 
 
-def _grad(parameter: Tensor) -> Tensor | None:
-    """Give the gradient that may be written to, if there is one."""
-    grad = parameter.grad if parameter.requires_grad else None
-    return grad if grad is not None and grad.layout == torch.strided else None
-
-
-def _facts(tensor: Tensor) -> tuple[Any, ...]:
-    return (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+def _facts(tensors: Sequence[Tensor]) -> list[list[Any]]:
+    return [list(map(fact, tensors)) for fact in FACTS]

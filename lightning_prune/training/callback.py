@@ -119,7 +119,7 @@ class StructuredPruning(Schedule):
         self._base = Plan()  # what was cut before the live pruner was built
         self._begun: int | None = None  # last epoch whose start was seen
         self._closes, self._backwards = True, 0
-        self._penalty = Penalty(self.options.nan_policy, self.update_every)
+        self._penalty = Penalty(self.options.nan_policy, self.update_every, fused=self.options.fused)
         self._gatherer, self._distiller = EvidenceGatherer(), Distiller(how, module)
 
     @property

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import reduce
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.errors import PruneError
 from lightning_prune.pruner import GroupNormPruner
+from lightning_prune.scores.inspecting import Inspector
 from lightning_prune.scores.members import answers_at_once
 
 __all__ = ["GradientWatch", "closes_accumulation", "hide_from", "loss_scale", "overflowed"]
@@ -81,7 +80,7 @@ def overflowed(trainer: Trainer, model: nn.Module) -> bool:
 
 
 def _dense_grads(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {n: p.grad for n, p in parameters.items() if p.grad is not None and not p.grad.is_sparse}
+    return {n: g for n, p in parameters.items() if (g := p.grad) is not None and not g.is_sparse}
 
 
 class GradientWatch:
@@ -93,13 +92,14 @@ class GradientWatch:
 
     Args:
         policy: ``raise`` an error, ``skip`` the penalty of that step, or set such elements to ``zero``.
+        fused: Whether kernels of our own may look, where there is a GPU.
 
     Attributes:
         count: Steps with a gradient that was not finite, as of the last ``check``.
     """
 
-    def __init__(self, policy: str) -> None:
-        self._policy = policy
+    def __init__(self, policy: str, *, fused: bool | None) -> None:
+        self._policy, self._inspector = policy, Inspector(fused=fused)
         self._told_of_rounding = False
         self._wrong: dict[tuple[str, ...], Tensor] = {}  # whose gradients were wrong since the last check
         self._steps: Tensor | None = None  # number of such steps since then
@@ -166,10 +166,8 @@ class GradientWatch:
         return steps + int(self._steps), first or next(found)
 
     def _on_device(self, grads: Mapping[str, Tensor]) -> float | Tensor:
-        """Judge without waiting. The largest magnitude is finite exactly if all elements are."""
-        norms = torch._foreach_norm(list(grads.values()), math.inf)
-        kind = reduce(torch.promote_types, (norm.dtype for norm in norms))
-        wrong = ~torch.stack([n.to(norms[0].device, kind, non_blocking=True) for n in norms]).isfinite()
+        """Judge without waiting."""
+        wrong = self._inspector.look(list(grads.values()))
         names, is_wrong = tuple(grads), wrong.any()
         self._wrong[names] = self._wrong[names] | wrong if names in self._wrong else wrong
         self._steps = is_wrong.long() if self._steps is None else self._steps + is_wrong

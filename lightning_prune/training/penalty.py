@@ -19,13 +19,14 @@ class Penalty:
     Args:
         nan_policy: What a gradient that is not finite does; see ``GradientWatch``.
         update_every: Optimizer steps between refreshes of the regulariser's weights, >= 1.
+        fused: Whether kernels of our own may look at gradients.
 
     Attributes:
         watch: Counts the steps whose gradients were not finite.
     """
 
-    def __init__(self, nan_policy: str, update_every: int) -> None:
-        self.watch = GradientWatch(nan_policy)
+    def __init__(self, nan_policy: str, update_every: int, *, fused: bool | None) -> None:
+        self.watch = GradientWatch(nan_policy, fused=fused)
         self._update_every = update_every
         self._unlooked = 0
 

@@ -13,7 +13,7 @@ from benchmarks.subjects import Subject, build
 
 MODELS = ("resnet50", "vit_b_16")
 # What presses the weights, and the value of ``fused`` for it.
-LOOPS = {"cpu": {"by PyTorch": False, "fused": True}, "cuda": {"by PyTorch": False}}
+LOOPS = {"by PyTorch": False, "fused": True}
 
 
 def regularize(settings: Settings) -> Iterator[Figure]:
@@ -22,10 +22,10 @@ def regularize(settings: Settings) -> Iterator[Figure]:
         subject = build(name, seed=settings.seed, device=settings.device).with_gradients()
         other = theirs(subject)
         jobs: dict[str, Job] = {"theirs": partial(other.regularize, subject.model)}
-        for loops, fused in LOOPS[settings.device].items():
+        for loops, fused in LOOPS.items():
             jobs[loops] = ours(subject, fused=fused).regularize
         times = _times(jobs, settings)
-        for loops in LOOPS[settings.device]:
+        for loops in LOOPS:
             what = f"regularize() {loops}, ours / theirs"
             yield _figure("regularize", subject, what, times, (loops, "theirs"), 0.1)
 
@@ -36,7 +36,7 @@ def optimizer(settings: Settings) -> Iterator[Figure]:
         subject = build(name, seed=settings.seed, device=settings.device).with_gradients()
         sgd = torch.optim.SGD(subject.model.parameters(), lr=1e-6, momentum=0.9, foreach=True)
         jobs: dict[str, Job] = {"SGD": sgd.step}
-        for loops, fused in LOOPS[settings.device].items():
+        for loops, fused in LOOPS.items():
             fresh, cached = ours(subject, fused=fused), ours(subject, fused=fused)
             cached.regularizer.update_every = 10**9
             jobs |= {f"fresh scores, {loops}": fresh.regularize, f"cached scores, {loops}": cached.regularize}

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from benchmarks.clock import Marks, Spread
 from benchmarks.figure import Figure, Settings
+from benchmarks.regularize import LOOPS
 from benchmarks.subjects import build
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
@@ -91,14 +92,15 @@ class Idle(Callback):
 def training(settings: Settings) -> Iterator[Figure]:
     """Steps in the sparse phase beside bare ones, batch 32 at 112 px."""
     for name in settings.pick(MODELS):
-        pruning = StructuredPruning(start_epoch=NEVER)
-        watch = Alternate(pruning, settings.device)
-        _fit(name, settings, [pruning, watch], steps=WARM_UP + 2 * settings.rounds, batch=32, size=112)
-        with_it, bare = watch.seconds(active=True), watch.seconds(active=False)
-        value = Spread.of([100 * (a / b - 1) for a, b in zip(with_it, bare, strict=False)])
-        times = {"with": Spread.of(with_it).times(1e3), "bare": Spread.of(bare).times(1e3)}
-        what = "extra time of a training step in the sparse phase, batch 32 at 112 px"
-        yield Figure("training", name, what, value, "%", 3.0, times)
+        for loops, fused in LOOPS.items():
+            pruning = StructuredPruning(start_epoch=NEVER, options={"fused": fused})
+            watch = Alternate(pruning, settings.device)
+            _fit(name, settings, [pruning, watch], steps=WARM_UP + 2 * settings.rounds, batch=32, size=112)
+            with_it, bare = watch.seconds(active=True), watch.seconds(active=False)
+            value = Spread.of([100 * (a / b - 1) for a, b in zip(with_it, bare, strict=False)])
+            times = {"with": Spread.of(with_it).times(1e3), "bare": Spread.of(bare).times(1e3)}
+            what = f"extra time of a training step in the sparse phase, {loops}, batch 32 at 112 px"
+            yield Figure("training", name, what, value, "%", 3.0, times)
 
 
 def idle(settings: Settings) -> Iterator[Figure]:

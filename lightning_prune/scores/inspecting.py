@@ -1,0 +1,114 @@
+"""Finding tensors that hold a NaN or an infinity, on a device that is not waited for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import attrgetter
+
+import torch
+from torch import Tensor
+
+from lightning_prune.scores.kernels import compiled
+from lightning_prune.scores.launching import DTYPES, Addresses, on, usable
+
+__all__ = ["Inspector"]
+
+AT_ONCE = 4096  # elements that one program looks at
+FACTS = (attrgetter("shape"), attrgetter("dtype"), attrgetter("device"), Tensor.stride)
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """The tensors of one type.
+
+    Args:
+        at: [n] their numbers among all, on the device.
+        numbers: The same as a list.
+        sizes: [n] elements of each.
+        tiles: [programs, 2] tensor and place of what each program looks at.
+        like: Of the type.
+        addresses: Where the tensors lie.
+    """
+
+    at: Tensor
+    numbers: list[int]
+    sizes: Tensor
+    tiles: Tensor
+    like: Tensor
+    addresses: Addresses
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor], numbers: list[int]) -> Round:
+        """Lay out the tensors of these numbers, which are of one type and device."""
+        first = tensors[numbers[0]]
+        sizes = [tensors[i].numel() for i in numbers]
+        tiles = [(n, j) for n, size in enumerate(sizes) for j in range(-(-size // AT_ONCE))]
+        at, sizes_there, tiles_there = (
+            torch.tensor(table, dtype=kind).to(first.device, non_blocking=True)
+            for table, kind in ((numbers, torch.int64), (sizes, torch.int64), (tiles, torch.int32))
+        )
+        return Round(at, numbers, sizes_there, tiles_there, first.new_empty(0), Addresses(first.device))
+
+
+class Inspector:
+    """Says of each of some tensors whether it holds something that is not finite.
+
+    Args:
+        fused: Whether kernels do it in one launch; None where they compile.
+    """
+
+    def __init__(self, *, fused: bool | None) -> None:
+        self._fused = fused
+        self._known: object = None
+        self._rounds: list[Round] = []
+
+    def look(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Give flags, [tensors], on the device of the first; there must be at least one."""
+        if not usable(tensors[0].device, fused=self._fused):
+            return _by_norms(tensors)
+        facts = [list(map(fact, tensors)) for fact in FACTS]
+        if facts != self._known:
+            kinds = dict.fromkeys(t.dtype for t in tensors) if _can_be_walked(tensors) else ()
+            numbers = [[i for i, t in enumerate(tensors) if t.dtype == kind] for kind in kinds]
+            self._rounds, self._known = [Round.of(tensors, n) for n in numbers], facts
+        if not self._rounds:
+            return _by_norms(tensors)
+        flags = torch.zeros(len(tensors), dtype=torch.uint8, device=tensors[0].device)
+        for turn in self._rounds:
+            where = turn.addresses.of([tensors[i] for i in turn.numbers])
+            found = flags if len(self._rounds) == 1 else torch.zeros_like(turn.at, dtype=torch.uint8)
+            with on(flags.device):
+                compiled().find_non_finite[(len(turn.tiles),)](
+                    where, turn.sizes, turn.tiles, found, turn.like, AT_ONCE
+                )
+            if found is not flags:
+                flags.index_copy_(0, turn.at, found)
+        return flags.view(torch.bool)
+
+
+def _by_norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Judge by PyTorch: the largest magnitude is finite exactly if all elements are."""
+    norms = torch._foreach_norm(list(tensors), math.inf)
+    kind = reduce(torch.promote_types, (norm.dtype for norm in norms))
+    return ~torch.stack([n.to(norms[0].device, kind, non_blocking=True) for n in norms]).isfinite()
+
+
+def _can_be_walked(tensors: Sequence[Tensor]) -> bool:
+    """Whether the kernels can walk all of them, element after element in memory."""
+    device = tensors[0].device
+    return all(
+        t.device == device and t.dtype in DTYPES and (t.is_contiguous() or _is_dense(t)) for t in tensors
+    )
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a piece of memory, in whatever order."""
+    filled = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != filled:
+            return False
+        filled *= size
+    return True

@@ -1,0 +1,283 @@
+"""The kernels of the regulariser, by Triton's interpreter on a CPU, and compiled where there is a GPU.
+
+That they compute the penalty is shown by every test of the regulariser, which run them too.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_prune import GroupNormPruner, OptionError, PruningOptions
+from lightning_prune.scores import launching
+from lightning_prune.scores.kernels import Kernels
+from lightning_prune.scores.launching import KernelWalk, sheet_of
+from lightning_prune.scores.layout import Block, plan_blocks
+from lightning_prune.scores.walks import Walk
+
+GPU = pytest.param(
+    "cuda",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+)
+
+
+@pytest.fixture(params=["cpu", GPU])
+def device(request):
+    if request.param == "cpu":
+        request.getfixturevalue("interpreted_kernels")
+    return request.param
+
+
+def walk_over(weights, *dims):
+    """Make the walk over the same dimensions of every tensor, and give its blocks."""
+    wanted = [(name, dim, 1) for name, w in weights.items() for dim in dims if dim < w.dim()]
+    blocks = plan_blocks(weights, wanted)
+    wide = any(w.dtype == torch.float64 for w in weights.values())
+    return KernelWalk(blocks, weights, torch.float64 if wide else torch.float32), blocks
+
+
+def along(weight, dim, numbers):
+    return numbers.view([-1 if d == dim else 1 for d in range(weight.dim())])
+
+
+# More than a tile either way, less than one, one row, one column, kernels of every size.
+SHAPES = [(70, 300), (3, 5), (1, 200), (200, 1), (33, 5, 3, 3), (130, 3, 1, 1), (8, 3, 16, 16), (40,)]
+
+
+@pytest.mark.parametrize("dims", [(0, 1), (0,), (1,)])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_and_products_equal_a_plain_formula(device, dtype, channels_last, dims):
+    weights = {str(shape): torch.randn(shape, dtype=dtype) for shape in SHAPES if len(shape) > max(dims)}
+    if channels_last:
+        weights = {
+            n: w.to(memory_format=torch.channels_last) if w.dim() == 4 else w for n, w in weights.items()
+        }
+    weights = {n: nn.Parameter(w.to(device)) for n, w in weights.items()}
+    for w in weights.values():
+        w.grad = torch.randn_like(w)
+    walk, blocks = walk_over(weights, *dims)
+    sums, start = walk.sums(clean=False), {n: w.grad.clone() for n, w in weights.items()}
+    flat = torch.rand_like(sums)
+    walk.add(flat, clean=False)
+    for name, w in weights.items():
+        wanted, squares = start[name].clone(), w.detach().square()
+        for slot in (s for b in blocks for s in b.slots if b.tensor == name):
+            total = squares.movedim(slot.dim, 0).reshape(len(flat[slot.start : slot.stop]), -1).sum(1)
+            torch.testing.assert_close(sums[slot.start : slot.stop], total)
+            wanted += w.detach() * along(w, slot.dim, flat[slot.start : slot.stop])
+        torch.testing.assert_close(w.grad, wanted, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_added_up_in_float32_and_rounded_once(device, dtype):
+    weights = {
+        "w": nn.Parameter(torch.randn(70, 300).to(device, dtype)),
+        "v": nn.Parameter(torch.randn(9).to(device)),
+    }
+    for w in weights.values():
+        w.grad = torch.zeros_like(w)
+    walk, _ = walk_over(weights, 0)
+    sums = walk.sums(clean=False)
+    wide = weights["w"].detach().double()
+    torch.testing.assert_close(sums[9:].double(), wide.square().sum(1), rtol=1e-5, atol=1e-5)
+    walk.add(sums, clean=False)
+    digits = 0.501 if device == "cuda" else 1.001  # the interpreter cuts digits off instead of rounding
+    wanted = wide * sums[9:, None].double()
+    torch.testing.assert_close(
+        weights["w"].grad.double(), wanted, rtol=torch.finfo(dtype).eps * digits, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_counts_as_nothing_where_asked(device, value):
+    weights = {"w": nn.Parameter(torch.ones(4, 6, device=device))}
+    weights["w"].grad = torch.zeros_like(weights["w"])
+    with torch.no_grad():
+        weights["w"][1, 2] = value
+    walk, _ = walk_over(weights, 0, 1)
+    assert walk.sums(clean=False).isfinite().logical_not().nonzero().flatten().tolist() == [1, 6]
+    assert walk.sums(clean=True).tolist() == [6, 5, 6, 6, 4, 4, 3, 4, 4, 4]
+    walk.add(torch.ones(10, device=device), clean=True)
+    wanted = torch.full((4, 6), 2.0)
+    wanted[1, 2] = 0
+    assert torch.equal(weights["w"].grad.cpu(), wanted)
+
+
+def test_weights_and_gradients_that_moved_are_found(device):
+    weights = {"w": nn.Parameter(torch.ones(4, 6, device=device))}
+    walk, _ = walk_over(weights, 0)
+    for step in (1, 2, 3):
+        weights["w"].data = torch.full((4, 6), float(step), device=device)
+        weights["w"].grad = torch.zeros(4, 6, device=device)
+        assert walk.sums(clean=False).tolist() == [6 * step**2] * 4
+        walk.add(torch.ones(4, device=device), clean=False)
+        assert weights["w"].grad.eq(step).all()
+
+
+def test_gradients_of_another_layout_or_type_or_none_at_all(device):
+    weights = {
+        n: nn.Parameter(torch.randn(5, 6, device=device)) for n in ("none", "across", "frozen", "plain")
+    }
+    weights["across"].grad = torch.zeros(6, 5, device=device).t()
+    weights["plain"].grad = torch.zeros(5, 6, device=device)
+    weights["frozen"].grad = torch.zeros(5, 6, device=device)
+    weights["frozen"].requires_grad_(False)
+    walk, _ = walk_over(weights, 0)
+    for _ in range(2):
+        walk.add(torch.ones(20, device=device), clean=False)
+    assert weights["none"].grad is None
+    assert not weights["frozen"].grad.any()
+    for name in ("across", "plain"):
+        torch.testing.assert_close(weights[name].grad, 2 * weights[name].detach())
+
+
+def test_strides_along_an_axis_of_one_element_do_not_matter(device, monkeypatch):
+    """Convolutions of 1x1 get such gradients from cuDNN."""
+    monkeypatch.setattr(Block, "add_scaled", never)
+    weights = {"w": nn.Parameter(torch.randn(5, 6, 1, 1, device=device))}
+    weights["w"].grad = torch.zeros(5, 6, device=device).as_strided((5, 6, 1, 1), (6, 1, 6, 6))
+    walk_over(weights, 0, 1)[0].add(torch.ones(11, device=device), clean=False)
+    torch.testing.assert_close(weights["w"].grad, 2 * weights["w"].detach())
+
+
+def never(*_, **__):
+    raise AssertionError("PyTorch was asked")
+
+
+def test_asked_for_they_are_what_runs(device, monkeypatch):
+    monkeypatch.setattr(Block, "sums", never)
+    monkeypatch.setattr(Block, "add_scaled", never)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(144, 5)
+    )
+    net, x = net.to(device), torch.randn(2, 3, 8, 8, device=device)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    GroupNormPruner(net, x, reg=0.1, fused=True).regularize()
+    assert net[0].weight.grad.abs().sum() > 0
+    with pytest.raises(AssertionError, match="PyTorch was asked"):
+        GroupNormPruner(net, x, reg=0.1, fused=False).regularize()
+
+
+@pytest.mark.parametrize(
+    ("weight", "wanted"),
+    [
+        (torch.randn(8, 6, dtype=torch.complex64), [(0, 1), (1, 1)]),
+        (torch.randn(2, 8, 6, 5), [(1, 1), (2, 1)]),  # positions along two axes in the middle
+        (torch.randn(8, 3, 3), [(0, 1), (1, 2)]),  # rows with positions of their own
+        (torch.randn(8, 12)[:, ::2], [(0, 1), (1, 1)]),
+        (torch.randn(0, 6), [(1, 1)]),
+    ],
+    ids=["complex", "axes", "rows", "gaps", "empty"],
+)
+def test_what_the_kernels_cannot_do_is_left_to_pytorch(weight, wanted):
+    blocks = plan_blocks(
+        {"w": torch.view_as_real(weight) if weight.is_complex() else weight}, [("w", *w) for w in wanted]
+    )
+    assert [sheet_of(i, b, weight) for i, b in enumerate(blocks)] == [None] * len(blocks)
+
+
+@pytest.mark.usefixtures("interpreted_kernels")
+def test_two_blocks_of_a_tensor_do_not_write_at_once():
+    """One launch that wrote both would lose the one or the other."""
+    weights = {"w": nn.Parameter(torch.randn(8, 3, 3))}
+    weights["w"].grad = torch.zeros_like(weights["w"])
+    blocks = plan_blocks(weights, [("w", 0, 2), ("w", 0, 4)])
+    walk = KernelWalk(blocks, weights, torch.float32)
+    assert len(blocks) == 2
+    assert sum(len(t.sheets) for t in walk._tables) <= 1
+    plain = Walk(blocks, weights, torch.float32, fused=False)
+    torch.testing.assert_close(walk.sums(clean=False), plain.sums(clean=False))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_every_launch_gives_the_same_bits():
+    weights = {
+        str(s): nn.Parameter(torch.randn(s, device="cuda")) for s in ((700, 300), (512, 256, 3, 3), (999,))
+    }
+    walk, _ = walk_over(weights, 0, 1)
+    first = walk.sums(clean=False)
+    assert all(torch.equal(walk.sums(clean=False), first) for _ in range(20))
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from lightning_prune.scores import inspecting, launching
+from lightning_prune.scores.kernels import compiled
+
+places = ("where", "weights", "grads", "facts", "jobs", "ends", "spans", "sizes", "group_of")
+kinds = dict.fromkeys(places, "*i64") | dict.fromkeys(("tiles", "chunks", "take", "owners"), "*i32")
+kinds |= dict.fromkeys(("clean", "keep", "n_units", "n_positions"), "i32")
+kinds |= dict.fromkeys(("resting", "rested", "seen", "flags"), "*u8")
+sizes = {"square_sums": launching.TILE, "add_products": launching.TILE, "collect": launching.COLLECT}
+sizes |= {"unit_sums": launching.UNITS, "press": (launching.GROUP,), "spread": (launching.SPREAD,)}
+sizes |= {"find_non_finite": (inspecting.AT_ONCE,)}
+for name, kernel in compiled()._asdict().items():
+    fixed = dict(zip(kernel.arg_names[-len(sizes[name]):], sizes[name]))
+    for like, precision in (("fp32", "fp32"), ("bf16", "fp32"), ("fp16", "fp32"), ("fp64", "fp64")):
+        other = {a: "constexpr" if a in fixed else f"*{precision}" for a in kernel.arg_names}
+        signature = other | {a: kinds[a] for a in kernel.arg_names if a in kinds}
+        if "like" in signature:
+            signature["like"] = f"*{like}"
+        source = ASTSource(fn=kernel, signature=signature, constexprs=fixed)
+        for target in (GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)):
+            triton.compile(source, target=target)
+    print(name)
+"""
+
+
+def test_they_compile_for_gpus_that_are_not_here(tmp_path):
+    pytest.importorskip("triton", reason="Triton is published for Linux alone")
+    surroundings = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMPILE],
+        env=surroundings,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == list(Kernels._fields), done.stderr
+
+
+def test_without_triton_the_option_is_refused_where_there_is_a_gpu(monkeypatch):
+    monkeypatch.setattr("lightning_prune.options.find_spec", lambda name: None if name == "triton" else name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert PruningOptions(fused=True).fused
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(OptionError, match="fused=True needs Triton for the GPU of this machine"):
+        PruningOptions(fused=True)
+
+
+def test_other_devices_are_left_to_pytorch():
+    assert launching.usable(torch.device("cuda", 1), fused=True)
+    assert not launching.usable(torch.device("cuda", 1), fused=False)
+    assert not launching.usable(torch.device("cpu"), fused=True)
+    assert not launching.usable(torch.device("mps"), fused=True)
+
+
+@pytest.mark.usefixtures("interpreted_kernels")
+def test_where_they_do_not_compile_pytorch_is_asked_and_the_reason_is_told(monkeypatch):
+    launching._compile_on.cache_clear()
+    assert launching.usable(torch.device("cpu"), fused=None)
+    launching._compile_on.cache_clear()
+    monkeypatch.setattr(launching, "compiled", broken)
+    with pytest.warns(UserWarning, match=r"cannot compile for cpu \(RuntimeError: Failed to find C compiler"):
+        assert not launching.usable(torch.device("cpu"), fused=None)
+    assert not launching.usable(torch.device("cpu"), fused=None)  # told once
+    launching._compile_on.cache_clear()
+    monkeypatch.setattr(launching, "find_spec", lambda name: None)
+    assert not launching.usable(torch.device("cpu"), fused=None)
+    launching._compile_on.cache_clear()
+
+
+def broken():
+    raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nMore.")
