@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.backends import cuda, mha, mkldnn
+from torch.backends import cuda, cudnn, mha, mkldnn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -280,7 +280,23 @@ def test_the_model_and_the_random_states_are_given_back() -> None:
         assert model.state_dict(keep_vars=True)[name] is value
         assert torch.equal(value, copy)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert all((torch.is_grad_enabled(), mha.get_fastpath_enabled(), mkldnn.enabled))
+    assert all((torch.is_grad_enabled(), mha.get_fastpath_enabled(), mkldnn.enabled, cudnn.enabled))
+
+
+@pytest.mark.parametrize("layer", ["conv", "rnn"])
+def test_precision_that_is_set_for_some_layers_alone_is_left_alone(layer: str) -> None:
+    """``torch.backends.cudnn.flags()`` fails then."""
+    asked = getattr(cudnn, layer)
+    before = asked.fp32_precision
+    try:
+        asked.fp32_precision = "ieee"
+        with pytest.raises(RuntimeError, match="TF32"), cudnn.flags(enabled=False):
+            pass
+        assert measure_cost(nn.Linear(3, 2), sequence(5, 3)).macs == 30
+        found = [getattr(cudnn, kind).fp32_precision == "ieee" for kind in ("conv", "rnn")]
+    finally:
+        asked.fp32_precision = before
+    assert found == [layer == "conv", layer == "rnn"]
 
 
 def reseed_and_draw(between: Callable[[], object]) -> tuple[float, float, float]:
@@ -304,7 +320,7 @@ def test_a_failing_forward_is_named_and_leaves_no_trace(measure: Callable[..., o
     with pytest.raises(TraceError, match=r"measuring Failing on float32\[3, 2\].*KeyError: 'no such thing'"):
         measure(model, sequence(3, 2))
     assert all(m.training and not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
-    assert all((torch.is_grad_enabled(), mha.get_fastpath_enabled(), mkldnn.enabled))
+    assert all((torch.is_grad_enabled(), mha.get_fastpath_enabled(), mkldnn.enabled, cudnn.enabled))
 
 
 def test_bad_models_are_refused_before_anything_runs() -> None:

@@ -255,17 +255,18 @@ def _restore_buffers(model: nn.Module, before: Mapping[str, tuple[Tensor, Tensor
 @contextmanager
 def _plain_kernels() -> Iterator[None]:
     """Switch off the kernels that compute several products in one operation, unseen by the counter."""
-    fast, one_dnn = mha.get_fastpath_enabled(), mkldnn.enabled
+    fast, libraries = mha.get_fastpath_enabled(), (mkldnn.enabled, cudnn.enabled)
     try:
         mha.set_fastpath_enabled(False)
         # Without oneDNN and cuDNN a recurrent layer is a row of matrix products. Convolutions are counted
-        # before a library is chosen. (mkldnn.flags() would warn about TF32 on builds without it.)
-        mkldnn.enabled = False  # type: ignore[assignment]  # a property that is annotated as its descriptor
-        with cudnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH):
+        # before a library is chosen. (flags() of either looks at TF32, too: it warns on builds without it,
+        # and fails where a user has set it for convolutions alone.)
+        mkldnn.enabled = cudnn.enabled = False  # type: ignore[assignment]  # annotated as their descriptors
+        with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         mha.set_fastpath_enabled(fast)
-        mkldnn.enabled = one_dnn
+        mkldnn.enabled, cudnn.enabled = libraries
 
 
 class _NamedMacs(FlopCounterMode):
