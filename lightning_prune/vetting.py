@@ -177,7 +177,9 @@ def _vet_budget(budget: Part) -> None:
 def _vet_random_state(state: Part) -> None:
     digits = state.text()
     try:
-        torch.Generator().set_state(torch.tensor(list(bytes.fromhex(digits)), dtype=torch.uint8))
+        torch.Generator().set_state(
+            torch.tensor(list(bytes.fromhex(digits)), dtype=torch.uint8, device="cpu")
+        )
     except (RuntimeError, TypeError, ValueError):
         state.refuse("the state of a random number generator in hexadecimal")
 

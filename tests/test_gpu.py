@@ -175,14 +175,15 @@ def test_importances_choose_as_on_the_cpu(name: str) -> None:
 
 
 @pytest.mark.parametrize("update_every", [1, 3])
+@pytest.mark.parametrize("fused", [None, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_the_penalty_is_the_naive_one(dtype: torch.dtype, update_every: int) -> None:
+def test_the_penalty_is_the_naive_one(dtype: torch.dtype, fused: bool | None, update_every: int) -> None:
     """Two steps with weights that stand still: the second one's gammas may be those of the first."""
     groups, tensors = [channels(), *others()], parameters(dtype)
     there = {n: nn.Parameter(t.detach().to(DEVICE)) for n, t in tensors.items()}
     for t in there.values():
         t.grad = torch.zeros_like(t)
-    regularizer = Regularizer(groups, there, reg=0.1, update_every=update_every)
+    regularizer = Regularizer(groups, there, reg=0.1, update_every=update_every, fused=fused)
     wide = {n: t.detach().double().requires_grad_() for n, t in tensors.items()}
     added = naive_gradients(groups, wide, 0.1)
     eps = torch.finfo(dtype).eps
@@ -196,12 +197,13 @@ def test_the_penalty_is_the_naive_one(dtype: torch.dtype, update_every: int) -> 
     assert int(regularizer.skipped) == 0
 
 
-def test_the_penalty_joins_gradients_of_float64_to_the_last_digits() -> None:
+@pytest.mark.parametrize("fused", [None, False])
+def test_the_penalty_joins_gradients_of_float64_to_the_last_digits(fused: bool | None) -> None:
     groups, tensors = [channels(), *others()], parameters()
     added = naive_gradients(groups, tensors, 0.3)
     there = {n: nn.Parameter(t.detach().to(DEVICE)) for n, t in tensors.items()}
     for name, t in there.items():
         t.grad = tensors[name].grad.to(DEVICE)
     start = before(there)
-    Regularizer(groups, there, reg=0.3).apply(torch.ones((), device=DEVICE))
+    Regularizer(groups, there, reg=0.3, fused=fused).apply(torch.ones((), device=DEVICE))
     assert_added(there, start, moved(added))

@@ -16,9 +16,13 @@ from nets_language import StandardConv
 from oracle import assert_exact, run_double
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import GroupNormPruner
 from lightning_prune.tracing.trace import trace
+from lightning_prune.training.describing import Call, describe, rebuild
+from lightning_prune.training.recalibrating import _draw_one
+from lightning_prune.vetting import Part, vet_pruner
 
 X = draw(4, 5)
 
@@ -372,3 +376,21 @@ def test_autocast_of_the_caller_stays_outside_a_trace() -> None:
         assert torch.is_autocast_enabled("cpu")
     assert seen
     assert not any(seen)
+
+
+def test_a_default_device_of_the_callers_is_not_the_models() -> None:
+    """Nothing is made where nobody said where; random numbers least of all, whose generator is on the CPU."""
+    model = Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(5, 8), b=nn.Linear(8, 3))
+    want = GroupNormPruner(copy.deepcopy(model), X).step()
+    calls = [Call("", (X, torch.arange(5000), X > 0), {"phase": X.cfloat()})]
+    with torch.device("meta"):
+        pruner = GroupNormPruner(model, X)
+        pruner.regularize()
+        assert pruner.step() == want
+        vet_pruner(
+            Part("the state", pruner.state_dict()), 1, {n: p.shape for n, p in model.named_parameters()}
+        )
+        (call,) = rebuild(describe(calls) or [], torch.device("cpu"))
+        batches = list(_draw_one(DataLoader(TensorDataset(X), batch_size=2), 2, seed=0))
+    assert [t.device.type for t in (*call.args, *call.kwargs.values())] == ["cpu"] * 4
+    assert [len(batch[0]) for batch in batches] == [2, 2]

@@ -113,14 +113,14 @@ def _rebuild(spec: Any, device: torch.device, generator: torch.Generator) -> Any
 
 def _rebuild_tensor(spec: Mapping[str, Any], generator: torch.Generator) -> Tensor:
     dtype, shape = getattr(torch, spec["dtype"]), tuple(spec["tensor"])
+    at = generator.device  # whatever the caller's default is
     if "values" in spec:
-        return torch.tensor(spec["values"], dtype=dtype).reshape(shape)
+        return torch.tensor(spec["values"], dtype=dtype, device=at).reshape(shape)
     if "range" in spec:
         low, high = spec["range"]
-        return torch.randint(low, high + 1, shape, generator=generator).to(dtype)
-    return torch.randn(shape, generator=generator, dtype=torch.complex64 if dtype.is_complex else None).to(
-        dtype
-    )
+        return torch.randint(low, high + 1, shape, generator=generator, device=at).to(dtype)
+    kind = torch.complex64 if dtype.is_complex else None
+    return torch.randn(shape, generator=generator, dtype=kind, device=at).to(dtype)
 
 
 def _elements(spec: Any) -> int:

@@ -87,7 +87,7 @@ def _draw_one(loader: Any, batches: int, seed: int) -> Iterator[Any]:
         )
     size: int = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(loader.dataset), generator=generator).tolist()  # type: ignore[arg-type]
+    order = torch.randperm(len(loader.dataset), generator=generator, device=generator.device).tolist()  # type: ignore[arg-type]
     chunks = [order[start : start + size] for start in range(0, len(order), size)]
     for chunk in [c for c in chunks if len(c) == size or len(chunks) == 1][:batches]:
         batched = loader.batch_sampler is not None
