@@ -164,6 +164,25 @@ class Parts(Plain):
         return nn.functional.cross_entropy(self.net["features"](batch[0]).flatten(1), batch[1])
 
 
+def test_the_channels_to_compare_are_looked_up_once_for_a_cut():
+    """On a GPU every look-up would wait for the device."""
+
+    class Look(Quiet):
+        def on_train_batch_start(self, trainer, *args):
+            super().on_train_batch_start(trainer, *args)
+            held.append((trainer.current_epoch, self._distiller._kept.get("conv")))
+
+    held = []
+    fit(
+        build(Taught),
+        Look(module="net", iterative_steps=2, distillation={"features": ["conv"]}, options={"reg": 0.0}),
+        max_epochs=4,
+    )
+    widths = [None if kept is None else len(kept) for _, kept in held]
+    assert widths == [None] * 4 + [6] * 4 + [4] * 8
+    assert len({id(kept) for _, kept in held[4:]}) == 2
+
+
 def test_a_network_that_is_not_called_is_refused_by_name():
     with pytest.raises(OptionError, match="did not call it with gradients"):
         fit(build(Parts), Quiet(module="net", distillation={}))

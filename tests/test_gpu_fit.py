@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from on_device import DEVICE, ON_GPU, TRAINER, assert_on_device, at_home, on_gpu
 from oracle import relative_error, run_double, slice_by
 from test_callback import CHANNELS, Plain, Quiet, build, data, fit
 from test_checkpoint_lightning import Cosine, digest, every_epoch, pruning
+from test_no_waiting import error_on_sync
 from torch import nn, optim
 
 from lightning_prune import GroupNormPruner, load_from_checkpoint
@@ -127,6 +129,26 @@ def test_every_importance_cuts_in_mixed_precision(importance):
     assert model.net.conv.out_channels == CHANNELS // 2
     assert all(p.isfinite().all() for p in model.parameters())
     assert trainer.callback_metrics["prune/channels"] == 0.5
+
+
+class Pupil(Plain):
+    """Its step may not wait for the device, but for the first of an epoch, whose loss is counted from 0."""
+
+    def training_step(self, batch, batch_idx):
+        with error_on_sync() if ON_GPU and batch_idx else nullcontext():
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_step_that_the_dense_network_teaches_does_not_wait(precision):
+    model = build(Pupil)
+    callback = Quiet(0.5, start_epoch=1, module="net", distillation={"features": ["conv"]})
+    trainer = fit(model, callback, max_epochs=3, **on(precision))
+    assert model.net.conv.out_channels == CHANNELS // 2
+    assert math.isfinite(trainer.callback_metrics["prune/distillation"])
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert_on_device(callback._distiller.teacher)
 
 
 # Resuming

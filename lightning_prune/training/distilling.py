@@ -90,6 +90,8 @@ class Distiller:
         self._depth = 0
         self._seen: dict[str, Tensor] = {}
         self._taught = False
+        self._plan = Plan()
+        self._kept: dict[str, Tensor] = {}  # channels of features that the plan keeps, on the device
 
     def forget(self) -> None:
         """Begin anew, with another network."""
@@ -144,7 +146,11 @@ class Distiller:
             for network, key in ((student, f"student {name}"), (self.teacher, f"teacher {name}")):
                 layer = network.get_submodule(name)
                 hook(layer.register_forward_hook(self._see(key)).remove)
-        self._kept = {c.tensor: c.keep for c in kept.cuts if c.dim == 0}
+        if kept is not self._plan:  # once for a cut: in every step the device would be waited for
+            table = {c.tensor: c.keep for c in kept.cuts if c.dim == 0}
+            found = {name: table.get(f"{name}.weight") for name in self.how.features}
+            self._kept = {n: torch.tensor(k, device=pl_module.device) for n, k in found.items() if k}
+            self._plan = kept
 
     def end_batch(self) -> None:
         """Give the layers back."""
@@ -221,7 +227,8 @@ class Distiller:
             for name in self.how.features:  # type: ignore[union-attr]
                 if f"student {name}" not in seen or f"teacher {name}" not in taught:
                     raise OptionError(f"distillation.features: the forward does not call {name!r}")
-                ours, theirs = _matched(name, seen[f"student {name}"], taught[f"teacher {name}"], self._kept)
+                kept = self._kept.get(name)
+                ours, theirs = _matched(name, seen[f"student {name}"], taught[f"teacher {name}"], kept)
                 self._teach(ours, theirs, scale, self.how.feature_weight, F.mse_loss)  # type: ignore[union-attr]
 
         return hook
@@ -265,11 +272,10 @@ def logits_of(output: Any) -> Tensor:
     return found
 
 
-def _matched(name: str, ours: Any, theirs: Any, kept: Mapping[str, tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+def _matched(name: str, ours: Any, theirs: Any, keep: Tensor | None) -> tuple[Tensor, Tensor]:
     """Give two features of equal shape: of the teacher's channels those that the student still has."""
     if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor):
         raise OptionError(f"distillation.features: {name!r} returns a {type(ours).__name__}, not a tensor")
-    keep = kept.get(f"{name}.weight")
     differing = [d for d in range(ours.dim()) if ours.shape[d] != theirs.shape[d]]
     if differing and (keep is None or len(differing) > 1 or ours.shape[differing[0]] != len(keep)):
         raise OptionError(
@@ -277,8 +283,8 @@ def _matched(name: str, ours: Any, theirs: Any, kept: Mapping[str, tuple[int, ..
             "which channels those are is known of layers with a weight of their own alone; name the "
             "convolution, linear layer or norm that makes them"
         )
-    if differing:
-        theirs = theirs.index_select(differing[0], torch.tensor(keep, device=theirs.device))
+    if differing and keep is not None:
+        theirs = theirs.index_select(differing[0], keep.to(theirs.device))
     return ours, theirs
 
 
