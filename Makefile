@@ -58,7 +58,7 @@ test-all: $(VENV)/.zoo ## Run every test except the benchmarks and those that ne
 
 test-gpu: $(VENV)/.dev ## Run the tests that need a CUDA device
 	@$(BIN)/python -c "import torch; exit(None if torch.cuda.is_available() else 'PyTorch finds no CUDA device')"
-	$(PYTEST) -m gpu $(call marked,gpu)
+	$(PYTEST) -m gpu tests
 
 # The lower bounds of pyproject.toml become pins; what it does not name itself stays as in constraints.txt.
 OLDEST := $(VENV)-oldest

@@ -11,13 +11,18 @@ import sys
 
 import pytest
 import torch
+from naive_penalty import channels, others, parameters
 from torch import nn
 
 from lightning_prune import GroupNormPruner, OptionError, PruningOptions
 from lightning_prune.scores import launching
+from lightning_prune.scores.gammas import Gammas
+from lightning_prune.scores.inspecting import Inspector
 from lightning_prune.scores.kernels import Kernels
-from lightning_prune.scores.launching import KernelWalk, sheet_of
+from lightning_prune.scores.launching import KernelGammas, KernelWalk, sheet_of
 from lightning_prune.scores.layout import Block, plan_blocks
+from lightning_prune.scores.members import scored_members
+from lightning_prune.scores.positions import Positions
 from lightning_prune.scores.walks import Walk
 
 GPU = pytest.param(
@@ -165,6 +170,73 @@ def test_asked_for_they_are_what_runs(device, monkeypatch):
         GroupNormPruner(net, x, reg=0.1, fused=False).regularize()
 
 
+BROKEN = {"nan": float("nan"), "inf": float("inf"), "-inf": -float("inf")}
+
+
+@pytest.mark.parametrize("value", BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "torch"])
+def test_tensors_that_are_not_finite_are_found(device, fused, value):
+    """Of every type, size and layout; the last element is in a tile of its own."""
+    tensors = [
+        torch.ones(4097),
+        torch.ones(3, 5, 4, 4).to(memory_format=torch.channels_last),
+        torch.ones(6, 4, dtype=torch.float64).t(),
+        torch.full((7,), 1e300, dtype=torch.float64),
+        torch.ones(5, dtype=torch.bfloat16),
+        torch.ones((), dtype=torch.float16),
+        torch.ones(2, 3),
+        torch.ones(0),
+    ]
+    tensors = [t.to(device) for t in tensors]
+    inspector = Inspector(fused=fused)
+    for wrong in ([], [0], [1, 2], [4, 5], [6]):
+        for i in wrong:
+            tensors[i].view(-1)[-1:].fill_(value) if tensors[i].is_contiguous() else tensors[i][-1, -1].fill_(
+                value
+            )
+        flags, any_of_them = inspector.look(tensors)
+        assert flags.nonzero().flatten().tolist() == wrong
+        assert int(any_of_them) == bool(wrong)
+        for i in wrong:
+            tensors[i].fill_(1)
+
+
+def test_tensors_with_gaps_or_of_other_types_are_left_to_pytorch(device):
+    gaps = torch.ones(4, 6, device=device)
+    gaps[1, 1] = torch.nan
+    assert Inspector(fused=True).look([gaps[:, ::2]])[0].tolist() == [0]
+    complex_one = torch.full((2,), torch.inf, dtype=torch.complex64, device=device)
+    assert Inspector(fused=True).look([complex_one, gaps])[0].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("broken", [False, True])
+def test_gammas_are_those_of_pytorch(device, keep, broken):
+    tensors = {n: nn.Parameter(t.detach().to(device)) for n, t in parameters().items()}
+    groups = [channels(), *others()]
+    members = [scored_members(g, tensors, include_bias=False) for g in groups]
+    blocks = plan_blocks(tensors, ((m.tensor, m.dim, m.rows) for g in members for m in g))
+    positions = Positions.of(blocks, groups, members, torch.device(device))
+    sums = torch.rand(positions.count, dtype=torch.float64, device=device)
+    found = [
+        kind(positions, groups, reg=0.3, alpha=3.0, dtype=torch.float64) for kind in (Gammas, KernelGammas)
+    ]
+    for gammas in found:
+        gammas.refresh(sums, sums)
+    if broken:
+        sums[int(positions.take[-1])] = torch.inf  # of the last group alone
+    for gammas in found:
+        gammas.refresh(sums * 2, sums, keep=keep)
+    wanted, ours = found
+    for name in ("gamma", "scores", "factors"):
+        torch.testing.assert_close(
+            getattr(ours, name), getattr(wanted, name), msg=lambda m, n=name: f"{n}: {m}"
+        )
+    for name in ("resting", "rested", "seen"):
+        assert torch.equal(getattr(ours, name), getattr(wanted, name)), name
+    assert bool(ours.seen) == bool(ours.rested.any()) == broken
+
+
 @pytest.mark.parametrize(
     ("weight", "wanted"),
     [
@@ -214,9 +286,9 @@ from triton.compiler import ASTSource
 from lightning_prune.scores import inspecting, launching
 from lightning_prune.scores.kernels import compiled
 
-places = ("where", "weights", "grads", "facts", "jobs", "ends", "spans", "sizes", "group_of")
+places = ("where", "weights", "grads", "facts", "jobs", "ends", "spans", "sizes", "group_of", "numbers")
 kinds = dict.fromkeys(places, "*i64") | dict.fromkeys(("tiles", "chunks", "take", "owners"), "*i32")
-kinds |= dict.fromkeys(("clean", "keep", "n_units", "n_positions"), "i32")
+kinds |= dict.fromkeys(("clean", "keep", "of_all", "n_units", "n_positions"), "i32")
 kinds |= dict.fromkeys(("resting", "rested", "seen", "flags"), "*u8")
 sizes = {"square_sums": launching.TILE, "add_products": launching.TILE, "collect": launching.COLLECT}
 sizes |= {"unit_sums": launching.UNITS, "press": (launching.GROUP,), "spread": (launching.SPREAD,)}

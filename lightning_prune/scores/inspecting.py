@@ -65,8 +65,11 @@ class Inspector:
         self._known: object = None
         self._rounds: list[Round] = []
 
-    def look(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Give flags, [tensors], on the device of the first; there must be at least one."""
+    def look(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Give a flag for each, [tensors], and one for all; there must be at least one.
+
+        Both are 0 or 1 and lie on the device of the first.
+        """
         if not usable(tensors[0].device, fused=self._fused):
             return _by_norms(tensors)
         facts = [list(map(fact, tensors)) for fact in FACTS]
@@ -76,24 +79,22 @@ class Inspector:
             self._rounds, self._known = [Round.of(tensors, n) for n in numbers], facts
         if not self._rounds:
             return _by_norms(tensors)
-        flags = torch.zeros(len(tensors), dtype=torch.uint8, device=tensors[0].device)
+        flags = torch.zeros(len(tensors) + 1, dtype=torch.uint8, device=tensors[0].device)
         for turn in self._rounds:
             where = turn.addresses.of([tensors[i] for i in turn.numbers])
-            found = flags if len(self._rounds) == 1 else torch.zeros_like(turn.at, dtype=torch.uint8)
             with on(flags.device):
                 compiled().find_non_finite[(len(turn.tiles),)](
-                    where, turn.sizes, turn.tiles, found, turn.like, AT_ONCE
+                    where, turn.sizes, turn.at, turn.tiles, flags, len(tensors), turn.like, AT_ONCE
                 )
-            if found is not flags:
-                flags.index_copy_(0, turn.at, found)
-        return flags.view(torch.bool)
+        return flags[:-1], flags[-1]
 
 
-def _by_norms(tensors: Sequence[Tensor]) -> Tensor:
+def _by_norms(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Judge by PyTorch: the largest magnitude is finite exactly if all elements are."""
-    norms = torch._foreach_norm(list(tensors), math.inf)
+    norms = torch._foreach_norm([t if t.numel() else t.new_zeros(1) for t in tensors], math.inf)
     kind = reduce(torch.promote_types, (norm.dtype for norm in norms))
-    return ~torch.stack([n.to(norms[0].device, kind, non_blocking=True) for n in norms]).isfinite()
+    wrong = ~torch.stack([n.to(norms[0].device, kind, non_blocking=True) for n in norms]).isfinite()
+    return wrong.to(torch.uint8), wrong.any().to(torch.uint8)
 
 
 def _can_be_walked(tensors: Sequence[Tensor]) -> bool:

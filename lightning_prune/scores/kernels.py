@@ -235,12 +235,14 @@ def add_products(
 def find_non_finite(
     where: tl.tensor,
     sizes: tl.tensor,
+    numbers: tl.tensor,
     tiles: tl.tensor,
     flags: tl.tensor,
+    of_all: tl.tensor,
     like: tl.tensor,
     at_once: tl.constexpr,
 ) -> None:
-    """Flag each tensor that holds a NaN or an infinity."""
+    """Flag each tensor that holds a NaN or an infinity, under its number, and that there is one."""
     tile = tl.program_id(0)
     tensor = tl.load(tiles + 2 * tile)
     values = tl.load(where + tensor).to(tl.pointer_type(like.dtype.element_ty))
@@ -248,4 +250,5 @@ def find_non_finite(
     value = tl.load(values + i, mask=i < tl.load(sizes + tensor), other=0.0)
     broken = tl.max(tl.where(tl.abs(value) < float("inf"), 0, 1), 0)
     if broken > 0:
-        tl.store(flags + tensor, 1)
+        tl.store(flags + tl.load(numbers + tensor), 1)
+        tl.store(flags + of_all, 1)

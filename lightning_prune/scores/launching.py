@@ -6,7 +6,7 @@ On an accelerator a launch takes longer than the work on most tensors.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +28,12 @@ from lightning_prune.scores.walks import Walk, grad_of
 __all__ = ["DTYPES", "Addresses", "KernelGammas", "KernelWalk", "on", "usable"]
 
 _GRAD, _LIVE = attrgetter("grad"), attrgetter("requires_grad")
+_LOOKS: tuple[Callable[[Any], Any], ...] = (
+    attrgetter("layout"),
+    attrgetter("dtype"),
+    attrgetter("device"),
+    Tensor.stride,
+)
 DEVICES = ("cuda",)  # PyTorch's ROCm builds say so too
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # A tile of a tensor: rows and columns that one program reads.
@@ -78,7 +84,8 @@ def _compile_on(device: torch.device) -> bool:
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
     """Launch where the tensors are, which need not be the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -182,7 +189,7 @@ class Table:
         Where the gradients look as they did before, nothing is asked of them one by one.
         """
         grads = list(map(_GRAD, self.tensors))
-        facts = list(map(_LIVE, self.tensors)), [g is not None and _look_of(g) for g in grads]
+        facts = list(map(_LIVE, self.tensors)), _looks_of(grads)
         if facts != self._known:
             self._left_out = [
                 i
@@ -276,8 +283,12 @@ def _fits(block: Block, tensor: Tensor) -> bool:
         return False
 
 
-def _look_of(grad: Tensor) -> tuple[object, ...]:
-    return (grad.layout, grad.dtype, grad.device, grad.stride() if grad.layout == torch.strided else None)
+def _looks_of(grads: Sequence[Tensor | None]) -> object:
+    try:
+        return [list(map(look, grads)) for look in _LOOKS]
+    except (AttributeError, TypeError, RuntimeError):  # None, or a layout without strides
+        plain = [g if g is not None and g.layout == torch.strided else None for g in grads]
+        return [g is not None and tuple(look(g) for look in _LOOKS) for g in plain]
 
 
 def _sheets(blocks: Sequence[Block], tensors: Sequence[Tensor]) -> Iterator[Sheet]:

@@ -107,12 +107,18 @@ class Regularizer:
         # Calls of apply since the last refresh; None before the first one.
         self._age: int | None = None
         self._build()
-        self.skipped = torch.zeros((), dtype=torch.int64, device=self._device)
+        self._skips = torch.zeros(len(self._groups), dtype=torch.int64, device=self._device)
+        self._skipped_before = 0
 
     @property
     def parameters(self) -> Mapping[str, Tensor]:
         """All named parameters, those included that belong to no group."""
         return self._parameters
+
+    @property
+    def skipped(self) -> Tensor:
+        """How often a group rested in a call of ``apply``, all told; a scalar on the device."""
+        return self._skips.sum() + self._skipped_before
 
     @property
     def low_precision(self) -> tuple[str, ...]:
@@ -167,7 +173,7 @@ class Regularizer:
             self._watch()
         self._age = (self._age or 0) + 1
         if self._blocks and self.reg:
-            self.skipped += self._gammas.resting.sum()
+            self._skips += self._gammas.resting
             self._write(grad_scale)
 
     @torch.no_grad()
@@ -246,7 +252,7 @@ class Regularizer:
                 )
         age, before = self._age, self._gammas
         self._build()
-        self.skipped = self.skipped.to(self._device)
+        self._skips = self._skips.to(self._device)
         if age is not None:  # numbers per unit do not hang on where the weights lie
             self._age = age
             self._gammas.restore(before.gamma, before.scores)
@@ -319,7 +325,8 @@ class Regularizer:
             raise CheckpointMismatchError(
                 f"a state of {len(state['gamma'])} units, these groups have {len(self._gammas.gamma)}"
             )
-        self._age, self.skipped = state["age"], torch.full_like(self.skipped, state["skipped"])
+        self._age, self._skipped_before = state["age"], state["skipped"]
+        self._skips.zero_()
         self._gammas.restore(*(self._gammas.gamma.new_tensor(state[name]) for name in ("gamma", "scores")))
 
 

@@ -167,12 +167,12 @@ class GradientWatch:
 
     def _on_device(self, grads: Mapping[str, Tensor]) -> float | Tensor:
         """Judge without waiting."""
-        wrong = self._inspector.look(list(grads.values()))
-        names, is_wrong = tuple(grads), wrong.any()
+        wrong, is_wrong = self._inspector.look(list(grads.values()))
+        names = tuple(grads)
         self._wrong[names] = self._wrong[names] | wrong if names in self._wrong else wrong
         self._steps = is_wrong.long() if self._steps is None else self._steps + is_wrong
         if self._policy != "zero":
-            return (~is_wrong).float()
+            return 1.0 - is_wrong
         for grad in grads.values():
             grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         return 1.0
