@@ -183,7 +183,7 @@ def test_tensors_that_are_not_finite_are_found(device, fused, value):
         torch.ones(6, 4, dtype=torch.float64).t(),
         torch.full((7,), 1e300, dtype=torch.float64),
         torch.ones(5, dtype=torch.bfloat16),
-        torch.ones((), dtype=torch.float16),
+        torch.ones(1, dtype=torch.float16),
         torch.ones(2, 3),
         torch.ones(0),
     ]
@@ -191,9 +191,7 @@ def test_tensors_that_are_not_finite_are_found(device, fused, value):
     inspector = Inspector(fused=fused)
     for wrong in ([], [0], [1, 2], [4, 5], [6]):
         for i in wrong:
-            tensors[i].view(-1)[-1:].fill_(value) if tensors[i].is_contiguous() else tensors[i][-1, -1].fill_(
-                value
-            )
+            tensors[i][..., -1:].fill_(value)
         flags, any_of_them = inspector.look(tensors)
         assert flags.nonzero().flatten().tolist() == wrong
         assert int(any_of_them) == bool(wrong)
