@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from on_device import DEVICE, ON_GPU, TRAINER, assert_on_device, at_home, on_gpu
 from oracle import relative_error, run_double, slice_by
 from test_callback import CHANNELS, Plain, Quiet, build, data, fit
+from test_callback_report import Classifier, run
 from test_checkpoint_lightning import Cosine, digest, every_epoch, pruning
 from test_no_waiting import error_on_sync
 from torch import nn, optim
@@ -149,6 +150,21 @@ def test_a_step_that_the_dense_network_teaches_does_not_wait(precision):
     assert math.isfinite(trainer.callback_metrics["prune/distillation"])
     assert all(p.isfinite().all() for p in model.parameters())
     assert_on_device(callback._distiller.teacher)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-true"])
+def test_the_report_is_of_the_device(tmp_path, precision):
+    model = build(Classifier)
+    _, report = run(tmp_path, model, **on(precision))
+    assert model.net.conv.out_channels == CHANNELS // 2
+    assert report.machine["device"].startswith(DEVICE)
+    assert report.split == "test"
+    for measured in (report.dense, report.pruned):
+        assert measured.latency_ms > 0
+        assert measured.peak_memory_bytes > measured.memory_bytes
+        assert 0 <= measured.accuracy <= 1
+    assert (report.dense.macs, report.pruned.macs) == (1944 + 16, 972 + 8)
+    assert_on_device(model)
 
 
 # Resuming
