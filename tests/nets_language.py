@@ -41,7 +41,7 @@ class StandardConv(nn.Conv2d):
             mean, var = w.mean((1, 2, 3), keepdim=True), w.var((1, 2, 3), keepdim=True, unbiased=False)
             w = (w - mean) / torch.sqrt(var + 1e-5)
         else:
-            keep = self.keep.double().view(1, -1, 1, 1).expand_as(w)
+            keep = self.keep.to(w.device).double().view(1, -1, 1, 1).expand_as(w)
             n = keep.sum((1, 2, 3), keepdim=True)
             mean = (w * keep).sum((1, 2, 3), keepdim=True) / n
             var = ((w - mean).square() * keep).sum((1, 2, 3), keepdim=True) / n

@@ -171,7 +171,7 @@ def test_importances_choose_as_on_the_cpu(name: str) -> None:
     assert plan
     assert same == plan
     for g, w in zip(got, want, strict=True):
-        torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(g, w, rtol=1e-9 if g.dtype == torch.float64 else 1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("update_every", [1, 3])

@@ -117,6 +117,15 @@ def test_position_sums_add_up_element_by_element(shape, dim, rows):
     check(position_sums(values, dim, rows), wanted)
 
 
+@pytest.mark.parametrize("name", ["random", "lamp"])
+def test_a_default_device_of_the_users_is_not_where_scores_are_made(name, channels, tensors):
+    """As with ``torch.set_default_device("cuda")``; generators lie on the CPU."""
+    wanted = IMPORTANCES[name](channels, tensors, Evidence())
+    with torch.device("meta"):
+        found = IMPORTANCES[name](channels, tensors, Evidence())
+    assert torch.equal(found, wanted)
+
+
 def test_random_follows_its_generator_and_its_state_can_be_kept(channels, tensors):
     evidence = Evidence(generator=torch.Generator().manual_seed(7))
     first = IMPORTANCES["random"](channels, tensors, evidence)

@@ -211,6 +211,18 @@ def test_what_breaks_on_the_device_rests_there_and_is_told_when_asked(update_eve
     assert len(caught) == 1
 
 
+def test_many_weights_of_half_precision_are_no_reason_to_rest_on_the_device():
+    """Their magnitudes add up to more than the largest number of the type."""
+    w = torch.nn.Parameter(torch.full((512, 256), 1.0, dtype=torch.float16))
+    w.grad = torch.zeros_like(w)
+    groups = [group("w:0", member("w", 0, range(512), range(512), 512))]
+    regularizer = asynchronous(groups, {"w": w}, reg=0.25, update_every=100)
+    for step in (1, 2, 3):
+        regularizer.apply()
+        assert w.grad.eq(0.25 * step).all()
+    assert int(regularizer.skipped) == 0
+
+
 @pytest.mark.parametrize("update_every", [1, 100])
 def test_zero_on_the_device_leaves_the_element_out(update_every):
     groups, tensors = two_layers()

@@ -201,7 +201,7 @@ def l2(group: Group, tensors: Mapping[str, Tensor], evidence: Evidence) -> Tenso
 @register("random")
 def random(group: Group, tensors: Mapping[str, Tensor], evidence: Evidence) -> Tensor:
     """Draw uniformly from [0, 1): the baseline that every other importance has to beat."""
-    drawn = torch.rand(group.n_units, generator=evidence.generator)
+    drawn = torch.rand(group.n_units, generator=evidence.generator, device="cpu")
     return drawn.to(_any(tensors).device)
 
 
@@ -254,7 +254,8 @@ def lamp(group: Group, tensors: Mapping[str, Tensor], evidence: Evidence) -> Ten
     finite = norms.isfinite()
     # A non-finite unit may not spoil the sums of the others.
     ordered, order = torch.sort(torch.where(finite, norms, 0), stable=True)
-    surviving = ordered.flip(0).cumsum(0).flip(0)
+    # A GPU has no sum along the way that gives the same bits in every run.
+    surviving = ordered.cpu().flip(0).cumsum(0).flip(0).to(ordered.device)
     relative = ordered / torch.where(surviving > 0, surviving, 1)
     return torch.where(finite, torch.empty_like(norms).scatter_(0, order, relative), torch.nan)
 

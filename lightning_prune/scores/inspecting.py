@@ -81,7 +81,8 @@ class Inspector:
             return _by_norms(tensors)
         flags = torch.zeros(len(tensors) + 1, dtype=torch.uint8, device=tensors[0].device)
         for turn in self._rounds:
-            where = turn.addresses.of([tensors[i] for i in turn.numbers])
+            alone = len(self._rounds) == 1
+            where = turn.addresses.of(tensors if alone else [tensors[i] for i in turn.numbers])
             with on(flags.device):
                 compiled().find_non_finite[(len(turn.tiles),)](
                     where, turn.sizes, turn.at, turn.tiles, flags, len(tensors), turn.like, AT_ONCE

@@ -158,7 +158,8 @@ def press(
         unit = first + tl.arange(0, units_at_once)
         score = tl.load(scores + unit, mask=unit < end, other=0.0)
         score = tl.where(tl.abs(score) < float("inf"), score, 0.0)
-        pressed = tl.where(rests > 0, 0.0, tl.exp2(alpha * ((high - score) / span)))
+        weakness = tl.where(unit < end, (high - score) / span, 0.0)
+        pressed = tl.where(rests > 0, 0.0, tl.exp2(alpha * weakness))
         tl.store(scores + unit, score, mask=unit < end)
         tl.store(gamma + unit, pressed, mask=unit < end)
         first += units_at_once

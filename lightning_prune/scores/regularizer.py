@@ -24,6 +24,7 @@ from torch import Tensor
 from lightning_prune.errors import CheckpointMismatchError, OptionError, PruneError, StaleGraphError
 from lightning_prune.graph.groups import Group
 from lightning_prune.scores.gammas import Gammas
+from lightning_prune.scores.inspecting import Inspector
 from lightning_prune.scores.launching import KernelGammas, KernelWalk, usable
 from lightning_prune.scores.layout import plan_blocks
 from lightning_prune.scores.members import (
@@ -104,6 +105,7 @@ class Regularizer:
         self._parameters = dict(tensors)
         self._members = [scored_members(g, tensors, include_bias=include_bias) for g in self._groups]
         self._warned = False
+        self._inspector = Inspector(fused=False)
         # Calls of apply since the last refresh; None before the first one.
         self._age: int | None = None
         self._build()
@@ -127,8 +129,7 @@ class Regularizer:
         There an addition far below the gradient's own size rounds to nothing, and so may the penalty. Mixed
         precision with float32 weights (``bf16-mixed``, ``16-mixed``) has none of these.
         """
-        names = dict.fromkeys(block.tensor for block in self._blocks)
-        return tuple(n for n in names if torch.finfo(self._parameters[n].dtype).eps > 2**-23)
+        return self._low_precision
 
     @property
     def coefficients(self) -> list[Tensor]:
@@ -219,6 +220,8 @@ class Regularizer:
         self._blocks = plan_blocks(seen, ((m.tensor, m.dim, m.rows) for m in members))
         self._tensors = [self._parameters[b.tensor] for b in self._blocks]
         self._signature = _facts(self._tensors)
+        names = dict.fromkeys(block.tensor for block in self._blocks)
+        self._low_precision = tuple(n for n in names if torch.finfo(seen[n].dtype).eps > 2**-23)
         first = seen[self._blocks[0].tensor] if self._blocks else torch.empty(0)
         wide = any(seen[b.tensor].dtype == torch.float64 for b in self._blocks)
         self._device, self._dtype = first.device, torch.float64 if wide else torch.float32
@@ -276,13 +279,12 @@ class Regularizer:
             raw = self._walk.sums(clean=False)
             self._gammas.refresh(self._cleaned(raw), raw, keep=True)
             return
-        tensors = [self._parameters[b.tensor].detach() for b in self._blocks]
         if self._immediate:
             # A plain sum is the cheapest pass that NaN and infinity survive.
-            found = torch.stack([real(t).sum(dtype=self._dtype) for t in tensors])
+            found = [real(t.detach()).sum(dtype=self._dtype) for t in self._tensors]
+            sick = ~torch.stack(found).isfinite()
         else:
-            found = torch.stack(torch._foreach_norm(tensors, 1)).to(self._dtype)
-        sick = ~found.isfinite()
+            sick = self._inspector.look([t.detach() for t in self._tensors])[0].bool()
         self._gammas.dirty = sick.any()
         if self.nan_policy == "zero":
             self._gammas.note()

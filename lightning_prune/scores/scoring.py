@@ -80,4 +80,6 @@ class Scorer:
 
     @random_state.setter
     def random_state(self, state: str) -> None:
-        self._evidence.generator.set_state(torch.tensor(list(bytes.fromhex(state)), dtype=torch.uint8))
+        self._evidence.generator.set_state(
+            torch.tensor(list(bytes.fromhex(state)), dtype=torch.uint8, device="cpu")
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from lightning_prune.scores.inspecting import Inspector
 from lightning_prune.scores.members import answers_at_once
 
 __all__ = ["GradientWatch", "closes_accumulation", "hide_from", "loss_scale", "overflowed"]
+
+_GRAD = attrgetter("grad")
 
 
 def closes_accumulation(trainer: Trainer, batch_idx: int) -> bool:
@@ -80,7 +83,8 @@ def overflowed(trainer: Trainer, model: nn.Module) -> bool:
 
 
 def _dense_grads(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {n: g for n, p in parameters.items() if (g := p.grad) is not None and not g.is_sparse}
+    grads = map(_GRAD, parameters.values())
+    return {n: g for n, g in zip(parameters, grads, strict=True) if g is not None and not g.is_sparse}
 
 
 class GradientWatch:
