@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from brevity import measure_briefly
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from test_callback import CHANNELS, Plain, data, pytestmark  # noqa: F401 - same filters
 
@@ -44,6 +45,7 @@ def start(*words, cls=LightningCLI, run=False, save=None):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["train.py", *(["fit"] if run else []), *words])
         patch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's, not ours
+        measure_briefly(patch)
         return cls(Model, run=run, save_config_callback=save, seed_everything_default=0)
 
 
