@@ -170,8 +170,9 @@ def test_importances_choose_as_on_the_cpu(name: str) -> None:
     got, same = scored(name, DEVICE)
     assert plan
     assert same == plan
+    rtol = 1e-6 if name == "random" else 1e-9  # it draws in float32, and its mean is taken on the device
     for g, w in zip(got, want, strict=True):
-        torch.testing.assert_close(g, w, rtol=1e-9 if g.dtype == torch.float64 else 1e-6, atol=1e-12)
+        torch.testing.assert_close(g, w, rtol=rtol, atol=1e-12)
 
 
 @pytest.mark.parametrize("update_every", [1, 3])

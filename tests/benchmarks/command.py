@@ -16,7 +16,7 @@ from benchmarks.analysis import analysis, step
 from benchmarks.figure import Figure, Row, Settings
 from benchmarks.growth import growth
 from benchmarks.latency import latency
-from benchmarks.page import line, save
+from benchmarks.page import join, line, save
 from benchmarks.regularize import optimizer, regularize
 from benchmarks.training import idle, memory, training
 
@@ -40,6 +40,9 @@ LIBRARIES = ("lightning-prune", "torch", "lightning", "torch-pruning", "torchvis
 def main(words: Sequence[str] | None = None) -> None:
     """Run the rows; write the page when all of them are there, or where ``--to`` says."""
     given = _arguments(words)
+    if given.join:
+        join(given.join, given.to)
+        return
     settings = Settings(given.models, given.rounds, given.device, given.seed)
     began, load = time.time(), os.getloadavg()[0]
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -73,13 +76,22 @@ def describe(given: argparse.Namespace, words: Sequence[str], load: float) -> di
     """Say where and how it was measured."""
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "command": f"`{shlex.join(['python', 'tests/benchmarks/bench.py', *words])}`",
+        "command": f"`{shlex.join(['python', 'tests/benchmarks/bench.py', *_without_place(words)])}`",
         **{name: str(value) for name, value in describe_machine(given.device).items()},
         "load average": f"{load:.1f} at the start, {os.getloadavg()[0]:.1f} at the end",
         "versions": ", ".join(f"{name} {metadata.version(name)}" for name in LIBRARIES),
         "rounds": str(given.rounds),
         "seed": str(given.seed),
     }
+
+
+def _without_place(words: Sequence[str]) -> list[str]:
+    """Leave out where the page goes, which is a matter of the machine."""
+    kept = list(words)
+    if "--to" in kept:
+        at = kept.index("--to")
+        del kept[at : at + 2]
+    return kept
 
 
 def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
@@ -90,7 +102,12 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--to", type=Path, help="page to write; a run of all rows writes docs/benchmarks.md")
+    parser.add_argument(
+        "--join", type=Path, nargs="+", metavar="JSON", help="make one page of several runs' JSON, for --to"
+    )
     given = parser.parse_args(words)
+    if given.join and given.to is None:
+        parser.error("--join needs --to")
     if given.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {given.rounds}")
     if given.to is None and not given.only and not given.models:

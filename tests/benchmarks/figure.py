@@ -44,6 +44,14 @@ class Figure:
         """Plain data for JSON."""
         return {**asdict(self), "verdict": self.verdict}
 
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Figure:
+        """Read what ``as_dict`` gave."""
+        value = data["value"] and Spread(**data["value"])
+        times = {name: Spread(**time) for name, time in data["times"].items()}
+        rest = {k: v for k, v in data.items() if k not in ("value", "times", "verdict")}
+        return Figure(**rest, value=value, times=times)
+
 
 @dataclass(frozen=True)
 class Settings:

@@ -12,7 +12,8 @@ from benchmarks.figure import Figure
 
 HEAD = """# Benchmarks
 
-`make bench` repeats this and writes this page. Both libraries run in one process on the same model and inputs
+`make bench` measures this on a CPU; `make bench BENCH="--device cuda --to docs/benchmarks-gpu.md"` does so on a GPU, by
+the events of its stream. By PyTorch and fused: the option [`fused`](options.md#fused). Both libraries run in one process on the same model and inputs
 in turns. A ratio is the median over the rounds of ours by theirs in that round; in brackets its quartiles.
 Times are medians in milliseconds.
 """
@@ -38,6 +39,22 @@ def save(figures: Sequence[Figure], facts: Mapping[str, str], path: Path) -> Non
     data = {"facts": dict(facts), "figures": [figure.as_dict() for figure in figures]}
     _replace(path.with_suffix(".json"), json.dumps(data, indent=1) + "\n")
     _replace(path, page(figures, facts))
+
+
+def join(paths: Sequence[Path], path: Path) -> None:
+    """Make one page of several runs' JSON, of one machine and the same versions.
+
+    Raises:
+        SystemExit: If they are not.
+    """
+    runs = [json.loads(p.read_text(encoding="utf-8")) for p in paths]
+    several = ("command", "duration", "load average", "rounds")
+    same = [{k: v for k, v in run["facts"].items() if k not in several} for run in runs]
+    if any(facts != same[0] for facts in same):
+        raise SystemExit(f"these runs cannot share a page, their machines or versions differ: {same}")
+    joined = {k: "; ".join(str(run["facts"][k]) for run in runs) for k in several if k in runs[0]["facts"]}
+    figures = [Figure.from_dict(figure) for run in runs for figure in run["figures"]]
+    save(figures, {**same[0], **joined}, path)
 
 
 def _table(figures: Sequence[Figure]) -> Iterable[str]:

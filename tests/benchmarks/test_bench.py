@@ -56,6 +56,25 @@ def test_ctrl_c_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(tmp_path.iterdir()) == [old]
 
 
+def test_runs_of_some_rows_make_one_page_if_they_are_of_one_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(command.ROWS, "idle", _one_figure)
+    pages = [tmp_path / f"{n}.md" for n in "ab"]
+    for rounds, path in zip("34", pages, strict=True):
+        command.main(["--only", "idle", "--rounds", rounds, "--to", str(path)])
+    parts, whole = [str(p.with_suffix(".json")) for p in pages], tmp_path / "whole.md"
+    command.main(["--join", *parts, "--to", str(whole)])
+    assert "- rounds: 3; 4\n" in whole.read_text()
+    joined = json.loads(whole.with_suffix(".json").read_text())["figures"]
+    assert [f["value"]["median"] for f in joined] == [3, 4]
+    assert joined[:1] == json.loads(pages[0].with_suffix(".json").read_text())["figures"]
+    other = pages[1].with_suffix(".json")
+    other.write_text(other.read_text().replace('"threads": "', '"threads": "9'))
+    with pytest.raises(SystemExit, match="machines or versions differ"):
+        command.main(["--join", *parts, "--to", str(whole)])
+
+
 def test_the_bound_itself_passes_and_more_is_a_miss() -> None:
     def shown(median: float | None) -> str:
         value = None if median is None else Spread(0.0, median, 9.0)
