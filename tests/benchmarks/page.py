@@ -12,10 +12,10 @@ from benchmarks.figure import Figure
 
 HEAD = """# Benchmarks
 
-`make bench` measures this on a CPU; `make bench BENCH="--device cuda --to docs/benchmarks-gpu.md"` does so on a GPU, by
-the events of its stream. By PyTorch and fused: the option [`fused`](options.md#fused). Both libraries run in one process on the same model and inputs
-in turns. A ratio is the median over the rounds of ours by theirs in that round; in brackets its quartiles.
-Times are medians in milliseconds.
+`make bench` measures this on a CPU; `make bench BENCH="--device cuda --to docs/benchmarks-gpu.md"` on a GPU,
+by the events of its stream. By PyTorch and fused: the option [`fused`](options.md#fused). Both libraries run
+in one process on the same model and inputs in turns. A ratio is the median over the rounds of ours by theirs
+in that round; in brackets its quartiles. Times are medians in milliseconds.
 """
 
 
