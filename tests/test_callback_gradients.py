@@ -108,6 +108,13 @@ CASES = {
     "overfitted": (Automatic, {}, lambda: {"overfit_batches": 3, "accumulate_grad_batches": 2}, 1e-6),
     "lbfgs": (Automatic, {"optimizer": "lbfgs"}, dict, 1e-5),
     "lbfgs accumulated": (Automatic, {"optimizer": "lbfgs"}, lambda: {"accumulate_grad_batches": 2}, 1e-6),
+    # In float32 the steps of this pair grow whatever rounding there is to numbers of any size.
+    "lbfgs clipped": (
+        Automatic,
+        {"optimizer": "lbfgs"},
+        lambda: {"gradient_clip_val": 0.1, "precision": "64-true"},
+        1e-7,
+    ),
     "clipped": (Automatic, {}, lambda: {"gradient_clip_val": 0.1}, 1e-6),
     "bf16": (Automatic, {}, lambda: {"precision": "bf16-mixed"}, 1e-6),
     "fp16": (Automatic, {}, half, 1e-5),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.scores.kernels import compiled
-from lightning_prune.scores.launching import DTYPES, Addresses, on, usable
+from lightning_prune.scores.launching import DTYPES, Addresses, numbered, on, usable
 
 __all__ = ["Inspector"]
 
@@ -45,12 +45,10 @@ class Round:
         """Lay out the tensors of these numbers, which are of one type and device."""
         first = tensors[numbers[0]]
         sizes = [tensors[i].numel() for i in numbers]
-        tiles = [(n, j) for n, size in enumerate(sizes) for j in range(-(-size // AT_ONCE))]
-        at, sizes_there, tiles_there = (
-            torch.tensor(table, dtype=kind).to(first.device, non_blocking=True)
-            for table, kind in ((numbers, torch.int64), (sizes, torch.int64), (tiles, torch.int32))
-        )
-        return Round(at, numbers, sizes_there, tiles_there, first.new_empty(0), Addresses(first.device))
+        tiles = torch.cat([numbered(n, -(-size // AT_ONCE)) for n, size in enumerate(sizes)])
+        at, sizes_there = (torch.tensor(t, dtype=torch.int64, device=first.device) for t in (numbers, sizes))
+        there = tiles.to(first.device)
+        return Round(at, numbers, sizes_there, there, first.new_empty(0), Addresses(first.device))
 
 
 class Inspector:
@@ -62,8 +60,9 @@ class Inspector:
 
     def __init__(self, *, fused: bool | None) -> None:
         self._fused = fused
-        self._known: object = None
+        self._last: object = None
         self._rounds: list[Round] = []
+        self._known: dict[object, list[Round]] = {}
 
     def look(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Give a flag for each, [tensors], and one for all; there must be at least one.
@@ -73,10 +72,8 @@ class Inspector:
         if not usable(tensors[0].device, fused=self._fused):
             return _by_norms(tensors)
         facts = [list(map(fact, tensors)) for fact in FACTS]
-        if facts != self._known:
-            kinds = dict.fromkeys(t.dtype for t in tensors) if _can_be_walked(tensors) else ()
-            numbers = [[i for i, t in enumerate(tensors) if t.dtype == kind] for kind in kinds]
-            self._rounds, self._known = [Round.of(tensors, n) for n in numbers], facts
+        if facts != self._last:
+            self._rounds, self._last = self._lay_out(tensors, tuple(map(tuple, facts))), facts
         if not self._rounds:
             return _by_norms(tensors)
         flags = torch.zeros(len(tensors) + 1, dtype=torch.uint8, device=tensors[0].device)
@@ -88,6 +85,14 @@ class Inspector:
                     where, turn.sizes, turn.at, turn.tiles, flags, len(tensors), turn.like, AT_ONCE
                 )
         return flags[:-1], flags[-1]
+
+    def _lay_out(self, tensors: Sequence[Tensor], facts: object) -> list[Round]:
+        """Make the tables; they wait for the device, so those of a set that comes again are kept."""
+        if facts not in self._known:
+            kinds = dict.fromkeys(t.dtype for t in tensors) if _can_be_walked(tensors) else ()
+            numbers = [[i for i, t in enumerate(tensors) if t.dtype == kind] for kind in kinds]
+            self._known[facts] = [Round.of(tensors, n) for n in numbers]
+        return self._known[facts]
 
 
 def _by_norms(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

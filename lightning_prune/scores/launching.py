@@ -25,7 +25,7 @@ from lightning_prune.scores.members import answers_at_once
 from lightning_prune.scores.positions import Positions
 from lightning_prune.scores.walks import Walk, grad_of
 
-__all__ = ["DTYPES", "Addresses", "KernelGammas", "KernelWalk", "on", "usable"]
+__all__ = ["DTYPES", "Addresses", "KernelGammas", "KernelWalk", "numbered", "on", "usable"]
 
 _GRAD, _LIVE = attrgetter("grad"), attrgetter("requires_grad")
 _LOOKS: tuple[Callable[[Any], Any], ...] = (
@@ -132,6 +132,16 @@ def sheet_of(number: int, block: Block, tensor: Tensor) -> Sheet | None:
     return Sheet(number, block.view[0], view.numel() // block.view[0], repeat, row, column)
 
 
+def numbered(at: int, *sizes: int) -> Tensor:
+    """Count through a grid, each place behind a number of the whole: [places, 1 + axes], on the CPU.
+
+    >>> numbered(7, 2, 2).tolist()
+    [[7, 0, 0], [7, 0, 1], [7, 1, 0], [7, 1, 1]]
+    """
+    axes = [torch.arange(size, dtype=torch.int32, device="cpu") for size in sizes]
+    return torch.cartesian_prod(torch.full((1,), at, dtype=torch.int32, device="cpu"), *axes)
+
+
 class Addresses:
     """Where tensors lie, on a device, which is told only of changes."""
 
@@ -143,7 +153,7 @@ class Addresses:
         """Give the address of each, 0 for an empty one, [tensors]."""
         now = list(map(Tensor.data_ptr, tensors))
         if now != self._known:
-            fresh = torch.tensor(now, dtype=torch.int64)
+            fresh = torch.tensor(now, dtype=torch.int64, device="cpu")
             if self._device.type == "cuda":
                 fresh = fresh.pin_memory()  # else the copy would be waited for
             self._there, self._known = fresh.to(self._device, non_blocking=True), now
@@ -174,12 +184,12 @@ class Table:
                 jobs.append((s.column.start, s.width // s.repeat, columns, down, s.width, s.repeat))
             starts = [NONE if slot is None else slot.start for slot in (s.row, s.column)]
             facts.append((s.height, s.width, s.repeat, rows, columns, *starts))
-            tiles += [(at, i, j) for i in range(down) for j in range(across)]
+            tiles.append(numbered(at, down, across))
         for at, (_, positions, *_) in enumerate(jobs):
-            chunks += [(at, i) for i in range(-(-positions // COLLECT[0]))]
-        self.room, self.n_tiles, self.n_chunks = used, len(tiles), len(chunks)
+            chunks.append(numbered(at, -(-positions // COLLECT[0])))
         self.facts, self.jobs = (torch.tensor(t, dtype=torch.int64, device=device) for t in (facts, jobs))
-        self.tiles, self.chunks = (torch.tensor(t, dtype=torch.int32, device=device) for t in (tiles, chunks))
+        self.tiles, self.chunks = torch.cat(tiles).to(device), torch.cat(chunks).to(device)
+        self.room, self.n_tiles, self.n_chunks = used, len(self.tiles), len(self.chunks)
         self.weights, self.grads = Addresses(device), Addresses(device)
         self._known: object = None
 
@@ -266,7 +276,7 @@ class KernelWalk:
         key = tuple(numbers)
         if key not in self._parts:
             blocks = [self._blocks[i] for i in numbers]
-            at = torch.cat([torch.arange(s.start, s.stop) for b in blocks for s in b.slots])
+            at = torch.cat([torch.arange(s.start, s.stop, device="cpu") for b in blocks for s in b.slots])
             walk = Walk(place(blocks), self._parameters, self._dtype, fused=False)
             self._parts[key] = walk, at.to(self._device, non_blocking=True)
         return self._parts[key]

@@ -94,7 +94,7 @@ class Positions:
         order = torch.argsort(self.take.to("cpu"), stable=True)
         owners = self.into.to("cpu")[order].to(self.into.device)
         counts = torch.bincount(self.take.to("cpu"), minlength=self.count)
-        ends = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         return owners, ends.to(self.into.device)
 
     def extremes(self, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lightning_prune.errors import PruneError
 from lightning_prune.pruner import GroupNormPruner
 from lightning_prune.scores.inspecting import Inspector
-from lightning_prune.scores.members import answers_at_once
+from lightning_prune.scores.members import answers_at_once, real
 
 __all__ = ["GradientWatch", "closes_accumulation", "hide_from", "loss_scale", "overflowed"]
 
@@ -71,10 +71,18 @@ def hide_from(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
 
 def _non_finite(grads: Mapping[str, Tensor]) -> list[str]:
     """Name the gradients with a NaN or an infinity. Waits for the device."""
-    if not grads or torch.isfinite(torch.nn.utils.get_total_norm(grads.values())):
+    if not grads or _seems_finite(list(grads.values())):
         return []
-    # A norm overflows before its elements do, so only these are the judges.
+    # Sums and norms overflow before their elements do, so only these are the judges.
     return [name for name, grad in grads.items() if not torch.isfinite(grad).all()]
+
+
+def _seems_finite(grads: Sequence[Tensor]) -> bool:
+    """Say whether everything is finite and adds up to something finite, by the fewest passes."""
+    if not all(answers_at_once(g.device) for g in grads):
+        return bool(torch.isfinite(torch.nn.utils.get_total_norm(grads)))
+    # On a CPU a plain sum takes a third of the time of a norm, and NaN and infinity survive it, too.
+    return bool(torch.stack([real(g).sum(dtype=torch.float32) for g in grads]).isfinite().all())
 
 
 def overflowed(trainer: Trainer, model: nn.Module) -> bool:
