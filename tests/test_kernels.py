@@ -11,11 +11,11 @@ import sys
 
 import pytest
 import torch
-from naive_penalty import channels, others, parameters
+from naive_penalty import channels, group, others, parameters, whole
 from torch import nn
 
 from lightning_prune import GroupNormPruner, OptionError, PruningOptions
-from lightning_prune.scores import launching
+from lightning_prune.scores import fused, launching
 from lightning_prune.scores.gammas import Gammas
 from lightning_prune.scores.inspecting import Inspector
 from lightning_prune.scores.kernels import Kernels
@@ -156,8 +156,8 @@ def never(*_, **__):
 
 
 def test_asked_for_they_are_what_runs(device, monkeypatch):
-    monkeypatch.setattr(Block, "sums", never)
-    monkeypatch.setattr(Block, "add_scaled", never)
+    for cls, name in ((Block, "sums"), (Block, "add_scaled"), (fused, "sums"), (fused, "add_scaled")):
+        monkeypatch.setattr(cls, name, never)
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(144, 5)
     )
@@ -211,7 +211,8 @@ def test_tensors_with_gaps_or_of_other_types_are_left_to_pytorch(device):
 @pytest.mark.parametrize("broken", [False, True])
 def test_gammas_are_those_of_pytorch(device, keep, broken):
     tensors = {n: nn.Parameter(t.detach().to(device)) for n, t in parameters().items()}
-    groups = [channels(), *others()]
+    shared = group("again", whole("conv.weight", 0), whole("fc.weight", 1))  # positions of two units
+    groups = [shared, channels(), *others()]
     members = [scored_members(g, tensors, include_bias=False) for g in groups]
     blocks = plan_blocks(tensors, ((m.tensor, m.dim, m.rows) for g in members for m in g))
     positions = Positions.of(blocks, groups, members, torch.device(device))
