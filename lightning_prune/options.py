@@ -52,7 +52,7 @@ class PruningOptions:
         alpha: The weakest unit is pressed ``2 ** alpha`` times as hard as the strongest, in [0, 64].
         nan_policy: What non-finite numbers do: ``raise``, ``skip`` or ``zero``.
         fused: Press weights by kernels of our own on a GPU and by native loops on a CPU, which takes less
-            time than PyTorch's operations. None: on a GPU alone. True needs the extra ``fused``.
+            time than PyTorch's operations. None: on a GPU alone. True needs the extra ``fused`` on a CPU.
         forward_fn: ``forward_fn(model, example_inputs)`` replaces the call of the model.
         output_transform: Applied to the output of the traced forward.
     """
@@ -147,15 +147,11 @@ def _number(name: str, value: Any, high: float) -> None:
 
 
 def _can_fuse() -> None:
-    if find_spec("numba") is None:
+    has_kernels = torch.cuda.is_available() and find_spec("triton") is not None
+    if find_spec("numba") is None and not has_kernels:
         raise OptionError(
             "fused=True needs numba, which is not installed: pip install 'lightning-prune[fused]', "
-            "or leave fused=False"
-        )
-    if torch.cuda.is_available() and find_spec("triton") is None:
-        raise OptionError(
-            "fused=True needs Triton for the GPU of this machine, and it is not installed; it comes with "
-            "PyTorch's builds for Linux. Install it, or leave fused=False"
+            "or leave fused=None"
         )
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from test_callback import CHANNELS, Plain, Quiet, build, data, fit, pytestmark  # noqa: F401 - same filters
 from test_checkpoint_lightning import Slow
 
-from lightning_prune.checkpoint import load_from_checkpoint
+from lightning_prune.checkpoint import load_from_checkpoint, prepare
 from lightning_prune.training.checkpointing import PrunedEarlyStopping, PrunedModelCheckpoint
 
 
@@ -210,7 +210,8 @@ def test_a_run_that_goes_on_right_after_the_cut_begins_anew(tmp_path):
     assert saver.best_model_path == str(tmp_path / "best" / "epoch=3.ckpt")
 
 
-def test_validating_a_file_leaves_the_best_of_its_level(tmp_path):
+@pytest.mark.parametrize("alone", [False, True], ids=["with pruning", "alone"])
+def test_validating_a_file_leaves_the_best_of_its_level(tmp_path, alone):
     def callbacks():
         return Quiet(0.5, start_epoch=2), best_of(tmp_path, per_level=True)
 
@@ -218,7 +219,10 @@ def test_validating_a_file_leaves_the_best_of_its_level(tmp_path):
     fit(build(Scripted), pruning, saver, max_epochs=4, enable_checkpointing=True)
     path, (pruning, saver) = saver.best_model_path, callbacks()
     quiet = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
-    Trainer(callbacks=[pruning, saver], **quiet).validate(build(Scripted), ckpt_path=path, verbose=False)
+    company = [saver] if alone else [pruning, saver]
+    model = build(Scripted)
+    prepare(model)
+    Trainer(callbacks=company, **quiet).validate(model, ckpt_path=path, verbose=False)
     assert saver.best_model_path == path
 
 

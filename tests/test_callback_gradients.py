@@ -10,6 +10,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from test_callback import Plain, Quiet, build, data, fit, pytestmark  # noqa: F401 - applies the same filters
 from torch import nn
 
+from lightning_prune.training import gradients
+
 REG = 0.05
 
 
@@ -199,6 +201,24 @@ def test_equals_an_explicit_loss_term_on_a_gpu(cls, options, trainer_options, to
     explicit = train(cls, True, options, trainer_options)
     ours = train(cls, False, options, trainer_options)
     assert torch.allclose(ours, explicit, rtol=0, atol=tolerance), (ours - explicit).abs().max()
+
+
+@pytest.mark.parametrize("value", [1.0, torch.nan, torch.inf])
+def test_gradients_of_every_kind_are_judged(value):
+    """Complex ones may be conjugated in name alone."""
+    kinds = {
+        "plain": torch.ones(3),
+        "half": torch.full((70_000,), 1.0, dtype=torch.float16),
+        "large": torch.full((3,), 3e38),
+        "wide": torch.full((3,), 1e300, dtype=torch.float64),
+        "complex": torch.ones(3, dtype=torch.complex64).conj(),
+    }
+    assert gradients._non_finite(kinds) == []
+    for name, grad in kinds.items():
+        broken = grad.clone()
+        broken[1] = value
+        found = gradients._non_finite({**kinds, name: broken.conj() if grad.is_conj() else broken})
+        assert found == ([] if value == 1 else [name])
 
 
 def test_the_penalty_is_felt():

@@ -11,7 +11,17 @@ import sys
 
 import pytest
 import torch
-from naive_penalty import channels, group, others, parameters, whole
+from naive_penalty import (
+    assert_added,
+    before,
+    channels,
+    group,
+    member,
+    naive_gradients,
+    others,
+    parameters,
+    whole,
+)
 from torch import nn
 
 from lightning_prune import GroupNormPruner, OptionError, PruningOptions
@@ -23,6 +33,7 @@ from lightning_prune.scores.launching import KernelGammas, KernelWalk, sheet_of
 from lightning_prune.scores.layout import Block, plan_blocks
 from lightning_prune.scores.members import scored_members
 from lightning_prune.scores.positions import Positions
+from lightning_prune.scores.regularizer import Regularizer
 from lightning_prune.scores.walks import Walk
 
 GPU = pytest.param(
@@ -51,7 +62,17 @@ def along(weight, dim, numbers):
 
 
 # More than a tile either way, less than one, one row, one column, kernels of every size.
-SHAPES = [(70, 300), (3, 5), (1, 200), (200, 1), (33, 5, 3, 3), (130, 3, 1, 1), (8, 3, 16, 16), (40,)]
+SHAPES = [
+    (70, 300),
+    (3, 5),
+    (1, 200),
+    (200, 1),
+    (33, 5, 3, 3),
+    (130, 3, 1, 1),
+    (8, 3, 16, 16),
+    (40, 70, 2, 2),
+    (40,),
+]
 
 
 @pytest.mark.parametrize("dims", [(0, 1), (0,), (1,)])
@@ -67,6 +88,7 @@ def test_sums_and_products_equal_a_plain_formula(device, dtype, channels_last, d
     for w in weights.values():
         w.grad = torch.randn_like(w)
     walk, blocks = walk_over(weights, *dims)
+    assert not walk._rest
     sums, start = walk.sums(clean=False), {n: w.grad.clone() for n, w in weights.items()}
     flat = torch.rand_like(sums)
     walk.add(flat, clean=False)
@@ -168,6 +190,25 @@ def test_asked_for_they_are_what_runs(device, monkeypatch):
     assert net[0].weight.grad.abs().sum() > 0
     with pytest.raises(AssertionError, match="PyTorch was asked"):
         GroupNormPruner(net, x, reg=0.1, fused=False).regularize()
+
+
+@pytest.mark.usefixtures("interpreted_kernels")
+def test_a_default_device_of_the_users_is_not_where_the_tables_are_made():
+    tensors, groups = parameters(), [channels(), *others()]
+    start = before(tensors)
+    with torch.device("meta"):
+        Regularizer(groups, tensors, reg=0.1, fused=True).apply()
+        flags, _ = Inspector(fused=True).look([t.grad for t in tensors.values()])
+    assert not flags.any()
+    assert_added(tensors, start, naive_gradients(groups, tensors, 0.1))
+
+
+@pytest.mark.usefixtures("interpreted_kernels")
+def test_tables_of_gradients_that_come_and_go_do_not_pile_up():
+    inspector = Inspector(fused=True)
+    for size in range(1, 30):
+        inspector.look([torch.ones(size)])
+    assert len(inspector._known) <= 8
 
 
 BROKEN = {"nan": float("nan"), "inf": float("inf"), "-inf": -float("inf")}
@@ -319,12 +360,24 @@ def test_they_compile_for_gpus_that_are_not_here(tmp_path):
     assert done.stdout.split() == list(Kernels._fields), done.stderr
 
 
-def test_without_triton_the_option_is_refused_where_there_is_a_gpu(monkeypatch):
-    monkeypatch.setattr("lightning_prune.options.find_spec", lambda name: None if name == "triton" else name)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert PruningOptions(fused=True).fused
+def test_without_triton_the_option_is_refused_where_the_weights_are_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(launching, "find_spec", lambda name: None)
+    assert not launching.usable(torch.device("cpu"), fused=True)
+    with pytest.raises(OptionError, match="fused=True needs Triton for cuda:1, and it is not installed"):
+        launching.usable(torch.device("cuda", 1), fused=True)
+
+
+def test_a_gpu_needs_no_numba_and_a_cpu_does(monkeypatch):
+    without = {"find_spec": lambda name: None if name == "numba" else name}
+    monkeypatch.setattr("lightning_prune.options.find_spec", without["find_spec"])
+    monkeypatch.setattr("lightning_prune.scores.fused.find_spec", without["find_spec"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(OptionError, match="fused=True needs Triton for the GPU of this machine"):
+    assert PruningOptions(fused=True).fused
+    weight = nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(OptionError, match="needs numba on a CPU"):
+        Regularizer([group("w", member("w", 0, range(2), range(2), 2))], {"w": weight}, fused=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(OptionError, match="fused=True needs numba"):
         PruningOptions(fused=True)
 
 
@@ -344,9 +397,6 @@ def test_where_they_do_not_compile_pytorch_is_asked_and_the_reason_is_told(monke
     with pytest.warns(UserWarning, match=r"cannot compile for cpu \(RuntimeError: Failed to find C compiler"):
         assert not launching.usable(torch.device("cpu"), fused=None)
     assert not launching.usable(torch.device("cpu"), fused=None)  # told once
-    launching._compile_on.cache_clear()
-    monkeypatch.setattr(launching, "find_spec", lambda name: None)
-    assert not launching.usable(torch.device("cpu"), fused=None)
     launching._compile_on.cache_clear()
 
 

@@ -417,3 +417,28 @@ def test_complex_weights_shrink_in_both_parts():
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(OptionError, match=message):
         Regularizer([channels()], parameters(), **options)
+
+
+def test_groups_on_several_devices_are_refused():
+    tensors = parameters()
+    tensors["fc.weight"] = torch.nn.Parameter(tensors["fc.weight"].detach().to("meta"))
+    with pytest.raises(PruneError, match="lie on cpu, meta; the penalty needs them on one device"):
+        Regularizer([channels()], tensors)
+
+
+def test_the_strength_cannot_be_changed_in_vain():
+    """Tables on a device hold it; a new regulariser is made with another."""
+    regularizer = Regularizer([channels()], parameters(), reg=0.1, alpha=2.0)
+    assert (regularizer.reg, regularizer.alpha) == (0.1, 2.0)
+    for name in ("reg", "alpha"):
+        with pytest.raises(AttributeError):
+            setattr(regularizer, name, 1.0)
+
+
+def test_low_precision_is_that_of_now():
+    tensors = parameters()
+    regularizer = Regularizer([channels()], tensors)
+    assert not regularizer.low_precision
+    for t in tensors.values():
+        t.data, t.grad = t.data.half(), None
+    assert "conv.weight" in regularizer.low_precision

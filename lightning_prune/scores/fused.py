@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,14 +19,28 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lightning_prune.errors import OptionError
 from lightning_prune.scores.layout import PIECES, Block, unrepeat
 
-__all__ = ["add_scaled", "serves", "sums"]
+__all__ = ["add_scaled", "require", "serves", "sums"]
 
 Array: TypeAlias = npt.NDArray[np.floating[Any]]
 Loop: TypeAlias = Callable[..., None]
 # Sums may be made in another order and with fused multiplications; NaN and infinity stay what they are.
 FAST = {"reassoc", "contract", "nsz"}
+
+
+def require() -> None:
+    """See that the loops can be compiled.
+
+    Raises:
+        OptionError: If Numba is not installed.
+    """
+    if find_spec("numba") is None:
+        raise OptionError(
+            "fused=True needs numba on a CPU, and it is not installed: pip install 'lightning-prune[fused]', "
+            "or leave fused=None"
+        )
 
 
 def serves(block: Block, *tensors: Tensor) -> bool:

@@ -17,6 +17,7 @@ from lightning_prune.scores.launching import DTYPES, Addresses, numbered, on, us
 __all__ = ["Inspector"]
 
 AT_ONCE = 4096  # elements that one program looks at
+SETS = 8  # of tensors whose tables are kept: which gradients there are may change from step to step
 FACTS = (attrgetter("shape"), attrgetter("dtype"), attrgetter("device"), Tensor.stride)
 
 
@@ -89,6 +90,8 @@ class Inspector:
     def _lay_out(self, tensors: Sequence[Tensor], facts: object) -> list[Round]:
         """Make the tables; they wait for the device, so those of a set that comes again are kept."""
         if facts not in self._known:
+            if len(self._known) == SETS:
+                self._known.clear()
             kinds = dict.fromkeys(t.dtype for t in tensors) if _can_be_walked(tensors) else ()
             numbers = [[i for i, t in enumerate(tensors) if t.dtype == kind] for kind in kinds]
             self._known[facts] = [Round.of(tensors, n) for n in numbers]

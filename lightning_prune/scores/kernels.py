@@ -54,8 +54,8 @@ def square_sums(
     tile = tl.program_id(0)
     sheet = tl.load(tiles + 3 * tile)
     down, across = tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
-    height, width = tl.load(facts + 7 * sheet), tl.load(facts + 7 * sheet + 1)
-    rows, columns = tl.load(facts + 7 * sheet + 3), tl.load(facts + 7 * sheet + 4)
+    height, width = tl.load(facts + 8 * sheet), tl.load(facts + 8 * sheet + 1)
+    rows, columns = tl.load(facts + 8 * sheet + 4), tl.load(facts + 8 * sheet + 5)
     precision = partial.dtype.element_ty
     weight = tl.load(weights + sheet).to(tl.pointer_type(like.dtype.element_ty))
     r = down * tile_height + tl.arange(0, tile_height)
@@ -81,16 +81,17 @@ def collect(
     """Add up what the tiles left for each position, in a fixed order."""
     chunk = tl.program_id(0)
     job = tl.load(chunks + 2 * chunk)
-    start, positions = tl.load(jobs + 6 * job), tl.load(jobs + 6 * job + 1)
-    begin, count = tl.load(jobs + 6 * job + 2), tl.load(jobs + 6 * job + 3)
-    stride, repeat = tl.load(jobs + 6 * job + 4), tl.load(jobs + 6 * job + 5)
+    start, positions = tl.load(jobs + 8 * job), tl.load(jobs + 8 * job + 1)
+    begin, count = tl.load(jobs + 8 * job + 2), tl.load(jobs + 8 * job + 3)
+    stride, times = tl.load(jobs + 8 * job + 4), tl.load(jobs + 8 * job + 5)
+    step, apart = tl.load(jobs + 8 * job + 6), tl.load(jobs + 8 * job + 7)
     p = tl.load(chunks + 2 * chunk + 1) * positions_at_once + tl.arange(0, positions_at_once)
     total = tl.zeros([positions_at_once], dtype=partial.dtype.element_ty)
     first = 0
-    while first < count * repeat:
+    while first < count * times:
         k = first + tl.arange(0, tiles_at_once)
-        at = (k // repeat * stride + k % repeat)[:, None] + (p * repeat)[None, :]
-        inside = (k < count * repeat)[:, None] & (p < positions)[None, :]
+        at = (k // times * stride + k % times * apart)[:, None] + (p * step)[None, :]
+        inside = (k < count * times)[:, None] & (p < positions)[None, :]
         total += tl.sum(tl.load(partial + begin + at, mask=inside, other=0.0), 0)
         first += tiles_at_once
     tl.store(flat + start + p, total, mask=p < positions)
@@ -213,9 +214,9 @@ def add_products(
     tile = tl.program_id(0)
     sheet = tl.load(tiles + 3 * tile)
     down, across = tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
-    height, width = tl.load(facts + 7 * sheet), tl.load(facts + 7 * sheet + 1)
-    repeat = tl.load(facts + 7 * sheet + 2)
-    row, column = tl.load(facts + 7 * sheet + 5), tl.load(facts + 7 * sheet + 6)
+    height, width = tl.load(facts + 8 * sheet), tl.load(facts + 8 * sheet + 1)
+    repeat, period = tl.load(facts + 8 * sheet + 2), tl.load(facts + 8 * sheet + 3)
+    row, column = tl.load(facts + 8 * sheet + 6), tl.load(facts + 8 * sheet + 7)
     precision = flat.dtype.element_ty
     address = tl.load(grads + sheet)
     weight = tl.load(weights + sheet).to(tl.pointer_type(like.dtype.element_ty))
@@ -223,7 +224,9 @@ def add_products(
     r = down * tile_height + tl.arange(0, tile_height)
     c = across * tile_width + tl.arange(0, tile_width)
     of_row = tl.load(flat + row + r, mask=r < tl.where(row >= 0, height, 0), other=0.0)
-    of_column = tl.load(flat + column + c // repeat, mask=c < tl.where(column >= 0, width, 0), other=0.0)
+    of_column = tl.load(
+        flat + column + c // repeat % period, mask=c < tl.where(column >= 0, width, 0), other=0.0
+    )
     inside = (r < tl.where(address != 0, height, 0))[:, None] & (c < width)[None, :]
     at = r[:, None] * width + c[None, :]
     value = tl.load(weight + at, mask=inside, other=0.0).to(precision)

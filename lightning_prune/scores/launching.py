@@ -5,6 +5,7 @@ On an accelerator a launch takes longer than the work on most tensors.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_prune.errors import OptionError
 from lightning_prune.graph.groups import Group
 from lightning_prune.scores.gammas import Gammas
 from lightning_prune.scores.kernels import compiled
@@ -53,18 +55,24 @@ def usable(device: torch.device, *, fused: bool | None) -> bool:
         device: Where the tensors are.
         fused: True and False decide it for a GPU; None asks whether the kernels can be compiled there.
 
+    Raises:
+        OptionError: If ``fused`` is True for a GPU, and there is no Triton.
+
     Warns:
-        UserWarning: Once per device, if they cannot.
+        UserWarning: Once per device, if ``fused`` is None and they cannot be compiled.
     """
     if fused is False or device.type not in DEVICES:
         return False
+    if fused is True and find_spec("triton") is None:
+        raise OptionError(
+            f"fused=True needs Triton for {device}, and it is not installed; it comes with PyTorch's builds "
+            "for GPUs on Linux. Install it, or leave fused=None"
+        )
     return fused is True or _compile_on(device)
 
 
 @cache
 def _compile_on(device: torch.device) -> bool:
-    if find_spec("triton") is None:
-        return False
     one = torch.ones(1, device=device)
     try:
         with on(device):
@@ -90,21 +98,23 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A block as the kernels see it: rows of ``width`` elements, ``repeat`` of them to each column position.
+    """A block as the kernels see it: rows whose elements have ``(i // repeat) % period`` as their column.
 
     Args:
         number: Of the block in the walk.
         height: Rows.
         width: Elements per row.
-        repeat: Neighbours in a row that share a column position, a divisor of ``width``.
+        repeat: Neighbours in a row that share a column, as the taps of a kernel do.
+        period: Columns; they come again until the row ends, as where channels lie last in memory.
         row: The slot with a position per row, if there is one.
-        column: The slot with a position per ``repeat`` elements of a row, if there is one.
+        column: The slot with a position per column, if there is one.
     """
 
     number: int
     height: int
     width: int
     repeat: int
+    period: int
     row: Slot | None
     column: Slot | None
 
@@ -120,16 +130,21 @@ def sheet_of(number: int, block: Block, tensor: Tensor) -> Sheet | None:
     if view is None or not view.is_contiguous() or not view.numel():
         return None
     if block.is_vector:
-        return Sheet(number, 1, len(view), 1, None, block.slots[0])
+        return Sheet(number, 1, len(view), 1, len(view), None, block.slots[0])
     if len(block.view) not in (2, 3):
         return None
-    inner = tuple(range(2, len(block.view)))
+    height, *inner = block.view
     slots = {slot.reduce: slot for slot in block.slots}
-    row, column = slots.pop((1, *inner), None), slots.pop((0, *inner), None)
-    if slots or (row is not None and row.repeat != 1):
+    row = slots.pop(tuple(range(1, len(block.view))), None)
+    column = slots.pop((0, *range(2, len(block.view))), None)  # the first axis of a row
+    last = slots.pop((0, 1), None) if column is None and len(inner) == 2 else None
+    if slots or (row is not None and row.repeat != 1) or (last is not None and last.repeat != 1):
         return None
-    repeat = block.view[2] if inner else column.repeat if column is not None else 1
-    return Sheet(number, block.view[0], view.numel() // block.view[0], repeat, row, column)
+    width = math.prod(inner)
+    if last is not None:
+        return Sheet(number, height, width, 1, inner[1], row, last)
+    repeat = inner[1] if len(inner) == 2 else column.repeat if column is not None else 1
+    return Sheet(number, height, width, repeat, width // repeat, row, column)
 
 
 def numbered(at: int, *sizes: int) -> Tensor:
@@ -178,12 +193,14 @@ class Table:
             rows = columns = NONE
             if s.row is not None:
                 rows, used = used, used + across * s.height
-                jobs.append((s.row.start, s.height, rows, across, s.height, 1))
+                jobs.append((s.row.start, s.height, rows, across, s.height, 1, 1, 1))
             if s.column is not None:
                 columns, used = used, used + down * s.width
-                jobs.append((s.column.start, s.width // s.repeat, columns, down, s.width, s.repeat))
+                # A column's elements are neighbours, or a period apart.
+                apart = (s.repeat, s.repeat, 1) if s.repeat > 1 else (s.width // s.period, 1, s.period)
+                jobs.append((s.column.start, s.period, columns, down, s.width, *apart))
             starts = [NONE if slot is None else slot.start for slot in (s.row, s.column)]
-            facts.append((s.height, s.width, s.repeat, rows, columns, *starts))
+            facts.append((s.height, s.width, s.repeat, s.period, rows, columns, *starts))
             tiles.append(numbered(at, down, across))
         for at, (_, positions, *_) in enumerate(jobs):
             chunks.append(numbered(at, -(-positions // COLLECT[0])))
@@ -319,7 +336,7 @@ class KernelGammas(Gammas):
     ) -> None:
         super().__init__(positions, groups, reg=reg, alpha=alpha, dtype=dtype)
         self._constants = torch.tensor([reg, alpha], dtype=dtype, device=self.device)
-        spans = torch.tensor([0, *self.sizes], dtype=torch.int64).cumsum(0)
+        spans = torch.tensor([0, *self.sizes], dtype=torch.int64, device="cpu").cumsum(0)
         self._spans = spans.to(self.device, non_blocking=True)
         self._owners, self._owner_ends = positions.by_position()
 

@@ -94,13 +94,13 @@ class Regularizer:
         update_every: int = 1,
         fused: bool | None = None,
     ) -> None:
-        self.reg = check_number("reg", reg, math.inf)
-        self.alpha = check_number("alpha", alpha, MAX_ALPHA)
+        self._reg = check_number("reg", reg, math.inf)
+        self._alpha = check_number("alpha", alpha, MAX_ALPHA)
         self.nan_policy = check_nan_policy(nan_policy)
         if isinstance(update_every, bool) or not isinstance(update_every, int) or update_every < 1:
             raise OptionError(f"update_every must be a whole number of at least 1, got {update_every!r}")
         self.update_every = update_every
-        self._fused = fused
+        self._fused = fused if fused is None else bool(fused)
         self._groups = [g for g in groups if g.n_units]
         self._parameters = dict(tensors)
         self._members = [scored_members(g, tensors, include_bias=include_bias) for g in self._groups]
@@ -118,6 +118,16 @@ class Regularizer:
         return self._parameters
 
     @property
+    def reg(self) -> float:
+        """Strength."""
+        return self._reg
+
+    @property
+    def alpha(self) -> float:
+        """Shape."""
+        return self._alpha
+
+    @property
     def skipped(self) -> Tensor:
         """How often a group rested in a call of ``apply``, all told; a scalar on the device."""
         return self._skips.sum() + self._skipped_before
@@ -129,6 +139,7 @@ class Regularizer:
         There an addition far below the gradient's own size rounds to nothing, and so may the penalty. Mixed
         precision with float32 weights (``bf16-mixed``, ``16-mixed``) has none of these.
         """
+        self._follow()
         return self._low_precision
 
     @property
@@ -224,6 +235,12 @@ class Regularizer:
         self._low_precision = tuple(n for n in names if torch.finfo(seen[n].dtype).eps > 2**-23)
         first = seen[self._blocks[0].tensor] if self._blocks else torch.empty(0)
         wide = any(seen[b.tensor].dtype == torch.float64 for b in self._blocks)
+        devices = dict.fromkeys(t.device for t in self._tensors)
+        if len(devices) > 1:
+            raise PruneError(
+                f"the weights of the groups lie on {', '.join(map(str, devices))}; the penalty needs them on "
+                "one device, so leave the layers of the others out by ignored_layers"
+            )
         self._device, self._dtype = first.device, torch.float64 if wide else torch.float32
         # A CPU answers at once; asking an accelerator would stall it.
         self._immediate = answers_at_once(self._device)

@@ -38,6 +38,8 @@ class Walk:
         self._vectors, self._blocks = blocks[:n], blocks[n:]
         device = parameters[blocks[0].tensor].device if blocks else torch.device("cpu")
         self._device = device
+        if fused and device.type == "cpu":
+            native.require()
         limit = CHUNK_CPU if answers_at_once(device) else CHUNK_DEVICE
         self._steps = [b.step(limit) for b in self._blocks]
         sizes = (s * math.prod(b.view[1:]) for s, b in zip(self._steps, self._blocks, strict=True))

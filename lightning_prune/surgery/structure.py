@@ -182,7 +182,8 @@ def shape_the_rest(module: nn.Module, plan: Plan) -> None:
         raise CheckpointMismatchError(
             f"the checkpoint's manifest cannot be applied: {error}; nothing was loaded"
         ) from error
-    lay_side_by_side(module, [t for name, t in tensors_of(module).items() if name in plan.by_tensor()])
+    cut = plan.by_tensor()
+    lay_side_by_side(module, [t for name, t in tensors_of(module).items() if name in cut])
     note(module, plan)
 
 
