@@ -120,7 +120,7 @@ def test_every_module_that_ran_is_measured_without_its_children() -> None:
         "block.1": (0, 0),
         "out": (2 * 16 * 2, 2 * 12 * 2),
     }
-    assert {n: x.widths for n, x in layers.items() if x.widths} == {"block.0": (12, 3), "out": (2, 12)}
+    assert {n: x.widths for n, x in layers.items() if x.widths} == {"block.0": (12,), "out": (12,)}
     # inputs, outputs, weight, bias
     assert layers["block.0"].moved == 2 * 3 + 2 * 12 + 12 * 3 + 12
     assert [n for n, x in layers.items() if x.has_layers] == ["", "block"]

@@ -44,7 +44,7 @@ class LayerTime:
         pruned_ms: The same after it.
         dense_macs: Multiply-accumulates before the cut.
         pruned_macs: The same after it.
-        widths: After the cut, the leading two sizes of its own largest parameter; empty without one.
+        widths: After the cut, those of the leading two sizes of its own largest parameter that were cut.
         moved: After the cut, numbers that it reads and writes: inputs, outputs and own parameters.
         has_layers: Whether it has children, whose time is not in here.
     """
@@ -265,7 +265,7 @@ def measure_layers(
             after[name],
             macs["dense"].get(name, 0),
             macs["pruned"].get(name, 0),
-            _widths(module),
+            _cut_widths(dense.get_submodule(name), module),
             clocks["pruned"].moved[name],
             any(True for _ in module.children()),
         )
@@ -282,6 +282,10 @@ def _own_macs(network: nn.Module, cost: Any) -> dict[str, int]:
         - sum(counted.get(f"{name}.{child}".lstrip("."), 0) for child, _ in module.named_children())
         for name, module in network.named_modules()
     }
+
+
+def _cut_widths(dense: nn.Module, pruned: nn.Module) -> tuple[int, ...]:
+    return tuple(a for a, b in zip(_widths(pruned), _widths(dense), strict=False) if a != b)
 
 
 def _widths(module: nn.Module) -> tuple[int, ...]:
