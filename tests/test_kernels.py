@@ -385,7 +385,9 @@ def test_other_devices_are_left_to_pytorch():
     assert launching.usable(torch.device("cuda", 1), fused=True)
     assert not launching.usable(torch.device("cuda", 1), fused=False)
     assert not launching.usable(torch.device("cpu"), fused=True)
-    assert not launching.usable(torch.device("mps"), fused=True)
+    assert not launching.usable(torch.device("mps"), fused=None)
+    with pytest.raises(OptionError, match=r"fused=True has loops for CPUs .* and the weights lie on mps"):
+        launching.usable(torch.device("mps"), fused=True)
 
 
 @pytest.mark.usefixtures("interpreted_kernels")

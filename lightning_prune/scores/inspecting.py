@@ -6,19 +6,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from lightning_prune.scores.kernels import compiled
 from lightning_prune.scores.launching import DTYPES, Addresses, numbered, on, usable
+from lightning_prune.scores.members import facts_of
 
 __all__ = ["Inspector"]
 
 AT_ONCE = 4096  # elements that one program looks at
 SETS = 8  # of tensors whose tables are kept: which gradients there are may change from step to step
-FACTS = (attrgetter("shape"), attrgetter("dtype"), attrgetter("device"), Tensor.stride)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,9 +69,9 @@ class Inspector:
 
         Both are 0 or 1 and lie on the device of the first.
         """
-        if not usable(tensors[0].device, fused=self._fused):
+        if self._fused is False:
             return _by_norms(tensors)
-        facts = [list(map(fact, tensors)) for fact in FACTS]
+        facts = facts_of(tensors)
         if facts != self._last:
             self._rounds, self._last = self._lay_out(tensors, tuple(map(tuple, facts))), facts
         if not self._rounds:
@@ -92,7 +91,8 @@ class Inspector:
         if facts not in self._known:
             if len(self._known) == SETS:
                 self._known.clear()
-            kinds = dict.fromkeys(t.dtype for t in tensors) if _can_be_walked(tensors) else ()
+            walkable = usable(tensors[0].device, fused=self._fused) and _can_be_walked(tensors)
+            kinds = dict.fromkeys(t.dtype for t in tensors) if walkable else ()
             numbers = [[i for i, t in enumerate(tensors) if t.dtype == kind] for kind in kinds]
             self._known[facts] = [Round.of(tensors, n) for n in numbers]
         return self._known[facts]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -23,19 +23,13 @@ from lightning_prune.graph.groups import Group
 from lightning_prune.scores.gammas import Gammas
 from lightning_prune.scores.kernels import compiled
 from lightning_prune.scores.layout import Block, Slot, place
-from lightning_prune.scores.members import answers_at_once
+from lightning_prune.scores.members import answers_at_once, facts_of
 from lightning_prune.scores.positions import Positions
 from lightning_prune.scores.walks import Walk, grad_of
 
 __all__ = ["DTYPES", "Addresses", "KernelGammas", "KernelWalk", "numbered", "on", "usable"]
 
 _GRAD, _LIVE = attrgetter("grad"), attrgetter("requires_grad")
-_LOOKS: tuple[Callable[[Any], Any], ...] = (
-    attrgetter("layout"),
-    attrgetter("dtype"),
-    attrgetter("device"),
-    Tensor.stride,
-)
 DEVICES = ("cuda",)  # PyTorch's ROCm builds say so too
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # A tile of a tensor: rows and columns that one program reads.
@@ -56,11 +50,16 @@ def usable(device: torch.device, *, fused: bool | None) -> bool:
         fused: True and False decide it for a GPU; None asks whether the kernels can be compiled there.
 
     Raises:
-        OptionError: If ``fused`` is True for a GPU, and there is no Triton.
+        OptionError: If ``fused`` is True for a GPU, and there is no Triton, or for a device without loops.
 
     Warns:
         UserWarning: Once per device, if ``fused`` is None and they cannot be compiled.
     """
+    if fused is True and device.type not in (*DEVICES, "cpu", "meta"):
+        raise OptionError(
+            f"fused=True has loops for CPUs and for CUDA and ROCm GPUs, and the weights lie on {device}; "
+            "leave fused=None"
+        )
     if fused is False or device.type not in DEVICES:
         return False
     if fused is True and find_spec("triton") is None:
@@ -312,10 +311,10 @@ def _fits(block: Block, tensor: Tensor) -> bool:
 
 def _looks_of(grads: Sequence[Tensor | None]) -> object:
     try:
-        return [list(map(look, grads)) for look in _LOOKS]
+        return facts_of(grads)
     except (AttributeError, TypeError, RuntimeError):  # None, or a layout without strides
         plain = [g if g is not None and g.layout == torch.strided else None for g in grads]
-        return [g is not None and tuple(look(g) for look in _LOOKS) for g in plain]
+        return [g is not None and facts_of([g]) for g in plain]
 
 
 def _sheets(blocks: Sequence[Block], tensors: Sequence[Tensor]) -> Iterator[Sheet]:

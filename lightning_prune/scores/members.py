@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ __all__ = [
     "answers_at_once",
     "check_nan_policy",
     "check_number",
+    "facts_of",
     "is_bias",
     "listed",
     "non_finite",
@@ -29,6 +31,12 @@ __all__ = [
 ]
 
 NAN_POLICIES = ("raise", "skip", "zero")
+_FACTS: tuple[Callable[[Any], Any], ...] = (
+    attrgetter("shape"),
+    attrgetter("dtype"),
+    attrgetter("device"),
+    Tensor.stride,
+)
 _BIAS = re.compile(r"(^|_)bias(es)?(_|$)")
 
 
@@ -79,6 +87,16 @@ def real(tensor: Tensor) -> Tensor:
     torch.Size([4, 2])
     """
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def facts_of(tensors: Iterable[Any]) -> list[list[Any]]:
+    """List shapes, types, devices and strides: what a layout hangs on, at little cost per step.
+
+    >>> facts_of([torch.zeros(2, 3)])
+    [[torch.Size([2, 3])], [torch.float32], [device(type='cpu')], [(3, 1)]]
+    """
+    known = list(tensors)
+    return [list(map(fact, known)) for fact in _FACTS]
 
 
 def answers_at_once(device: torch.device) -> bool:

@@ -31,6 +31,7 @@ from lightning_prune.scores.members import (
     answers_at_once,
     check_nan_policy,
     check_number,
+    facts_of,
     listed,
     non_finite,
     real,
@@ -42,8 +43,7 @@ from lightning_prune.scores.walks import Walk
 __all__ = ["Regularizer"]
 
 MAX_ALPHA = 64.0
-# What the layout hangs on; the shape comes first.
-FACTS = (attrgetter("shape"), attrgetter("dtype"), attrgetter("device"), Tensor.stride)
+_DTYPE = attrgetter("dtype")
 
 
 class Regularizer:
@@ -139,8 +139,9 @@ class Regularizer:
         There an addition far below the gradient's own size rounds to nothing, and so may the penalty. Mixed
         precision with float32 weights (``bf16-mixed``, ``16-mixed``) has none of these.
         """
-        self._follow()
-        return self._low_precision
+        narrow = {kind for kind in set(map(_DTYPE, self._tensors)) if torch.finfo(kind).eps > 2**-23}
+        names = (b.tensor for b, t in zip(self._blocks, self._tensors, strict=True) if t.dtype in narrow)
+        return tuple(dict.fromkeys(names)) if narrow else ()
 
     @property
     def coefficients(self) -> list[Tensor]:
@@ -230,9 +231,7 @@ class Regularizer:
         members = [m for group in self._members for m in group]
         self._blocks = plan_blocks(seen, ((m.tensor, m.dim, m.rows) for m in members))
         self._tensors = [self._parameters[b.tensor] for b in self._blocks]
-        self._signature = _facts(self._tensors)
-        names = dict.fromkeys(block.tensor for block in self._blocks)
-        self._low_precision = tuple(n for n in names if torch.finfo(seen[n].dtype).eps > 2**-23)
+        self._signature = facts_of(self._tensors)
         first = seen[self._blocks[0].tensor] if self._blocks else torch.empty(0)
         wide = any(seen[b.tensor].dtype == torch.float64 for b in self._blocks)
         devices = dict.fromkeys(t.device for t in self._tensors)
@@ -261,7 +260,7 @@ class Regularizer:
         Raises:
             StaleGraphError: If a shape changed: the groups then describe another model.
         """
-        now = _facts(self._tensors)
+        now = facts_of(self._tensors)
         if now == self._signature:
             return
         for block, shape, before in zip(self._blocks, now[0], self._signature[0], strict=True):
@@ -347,7 +346,3 @@ class Regularizer:
         self._age, self._skipped_before = state["age"], state["skipped"]
         self._skips.zero_()
         self._gammas.restore(*(self._gammas.gamma.new_tensor(state[name]) for name in ("gamma", "scores")))
-
-
-def _facts(tensors: Sequence[Tensor]) -> list[list[Any]]:
-    return [list(map(fact, tensors)) for fact in FACTS]
