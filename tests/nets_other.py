@@ -20,6 +20,24 @@ def _computed_weight() -> nn.Module:
     )
 
 
+def _stacked_vectors() -> nn.Module:
+    def run(m: Net, x: Tensor) -> Tensor:
+        scale, shift = torch.stack([m.scale, m.shift])
+        out: Tensor = m.fc((m.l1(x) * scale + shift).tanh())
+        return out
+
+    return Net(run, l1=nn.Linear(5, 8), scale=param(8), shift=param(8), fc=nn.Linear(8, 3))
+
+
+def _stacked_channels_first() -> nn.Module:
+    def run(m: Net, x: Tensor) -> Tensor:
+        channels = [layer(x).tanh().t() for layer in (m.l1, m.l2)]  # [channels, batch]
+        out: Tensor = m.fc(torch.stack(channels, -1).sum(-1).t())
+        return out
+
+    return Net(run, l1=nn.Linear(5, 8), l2=nn.Linear(5, 8), fc=nn.Linear(8, 3))
+
+
 def _two_inputs() -> nn.Module:
     return Net(
         lambda m, a, b: m.fc((m.l1(a) + m.l2(b)).tanh()),
@@ -190,6 +208,22 @@ OTHER_CASES: list[Case] = [
         "2.bias:0",
     ),
     Case("buffers", _buffers, image, f"{C1} {C2}", TAIL),
+    Case(
+        "stacked_vectors",
+        _stacked_vectors,
+        lambda: draw(4, 5),
+        "l1.weight:0=4 l1.bias:0=4 scale:0=4 shift:0=4 fc.weight:1=4",
+        TAIL,
+        ("l1.weight:0 l1.bias:0 scale:0 shift:0 fc.weight:1",),
+    ),
+    Case(
+        "stacked_channels_first",
+        _stacked_channels_first,
+        lambda: draw(4, 5),
+        "l1.weight:0=4 l1.bias:0=4 l2.weight:0=4 l2.bias:0=4 fc.weight:1=4",
+        TAIL,
+        ("l1.weight:0 l1.bias:0 l2.weight:0 l2.bias:0 fc.weight:1",),
+    ),
     Case(
         "two_inputs",
         _two_inputs,

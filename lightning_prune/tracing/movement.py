@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import Tensor
 
-from lightning_prune.tracing.labels import Label, Tags, compress, opaque
+from lightning_prune.tracing.labels import Label, Tags, opaque
 from lightning_prune.tracing.rules import Arguments, rule, tensors_in, unknown
 from lightning_prune.tracing.shapes import blocks, reshape
 from lightning_prune.tracing.tracer import Tracer
@@ -202,87 +202,6 @@ def split(t: Tracer, a: Arguments, out: Sequence[Tensor]) -> None:
     for piece in out:
         take_slice(t, x, piece, dim, slice(start, start + piece.shape[dim]))
         start += piece.shape[dim]
-
-
-@rule("cat", "concat", "concatenate")
-def cat(t: Tracer, a: Arguments, out: Tensor) -> None:
-    """Put labels one behind the other; the other dimensions tie."""
-    pieces = [x for x in a["tensors"] if x.ndim == out.ndim and 0 not in x.shape]
-    dim = (a["dim"] or 0) % out.ndim
-    tags = [t.tags(x) for x in pieces]
-    dims: list[Label | None] = []
-    for d in range(out.ndim):
-        labels = [tag.dims[d] for tag in tags]
-        if d == dim:
-            dims.append(_joined(pieces, labels, dim))
-        else:
-            dims.append(_agreed(t, labels, dim))
-    zero = tuple(all(tag.zero[d] for tag in tags if tag.dims[d] is not None) for d in range(out.ndim))
-    t.put(out, Tags(tuple(dims), zero, tuple(s for tag in tags for s in tag.statistics)))
-
-
-def _joined(pieces: Sequence[Tensor], labels: Sequence[Label | None], dim: int) -> Label | None:
-    if all(label is None for label in labels):
-        return None
-    rank = pieces[0].ndim
-    shapes = [label.shape for label in labels if label is not None]
-    scope = [max(shape[d] for shape in shapes) for d in range(rank)]
-    parts = []
-    for x, label in zip(pieces, labels, strict=True):
-        scope[dim] = x.shape[dim]
-        parts.append(np.broadcast_to(np.zeros((1,) * rank, np.int64) if label is None else label, scope))
-    return compress(np.concatenate(parts, axis=dim), dim)
-
-
-def _agreed(t: Tracer, labels: Sequence[Label | None], dim: int) -> Label | None:
-    """Pieces side by side have one label along every other dimension."""
-    why = t.why("concatenated")
-    present = [t.ledger.collapse(label, [dim], why) for label in labels if label is not None]
-    if not present:
-        return None
-    if len(present) < len(labels):
-        for label in present:
-            t.ledger.freeze(label, why)
-        return None
-    smallest = min(present, key=lambda label: label.size)
-    for label in present:
-        t.ledger.tie(label, smallest, why)
-    return smallest
-
-
-@rule("stack")
-def stack(t: Tracer, a: Arguments, out: Tensor) -> None:
-    """A new dimension; the others tie."""
-    dim = (a["dim"] or 0) % out.ndim
-    tags = [t.tags(x) for x in a["tensors"]]
-    dims: list[Label | None] = []
-    for d in range(out.ndim - 1):
-        label = (
-            _agreed(t, [tag.dims[d] for tag in tags], 0)
-            if _scopeless(tags, d)
-            else _agreed_scoped(t, tags, d)
-        )
-        dims.append(None if label is None else np.expand_dims(label, dim))
-    dims.insert(dim, None)
-    zero = [all(tag.zero[d] for tag in tags) for d in range(out.ndim - 1)]
-    zero.insert(dim, False)
-    t.put(out, Tags(tuple(dims), tuple(zero), tuple(s for tag in tags for s in tag.statistics)))
-
-
-def _scopeless(tags: Sequence[Tags], d: int) -> bool:
-    return all(tag.dims[d] is None or tag.dims[d].size == tag.dims[d].shape[d] for tag in tags)  # type: ignore[union-attr]
-
-
-def _agreed_scoped(t: Tracer, tags: Sequence[Tags], d: int) -> Label | None:
-    labels = [tag.dims[d] for tag in tags]
-    present = [label for label in labels if label is not None]
-    why = t.why("stacked")
-    for label in present:
-        if len(present) < len(labels):
-            t.ledger.freeze(label, why)
-        else:
-            t.ledger.tie(label, present[0], why)
-    return present[0] if present and len(present) == len(labels) else None
 
 
 @rule("flip")
