@@ -14,8 +14,9 @@ from lightning_prune.budgets import latency
 from lightning_prune.budgets.latency import LatencyTable, sizes_after
 from lightning_prune.budgets.table import KINDS
 from lightning_prune.errors import BudgetError, OptionError
-from lightning_prune.measuring.cost import measure_cost, peak_memory_bytes
+from lightning_prune.measuring.cost import measure_cost
 from lightning_prune.measuring.latency import Latency
+from lightning_prune.measuring.memory import peak_memory_bytes
 from lightning_prune.options import BUDGETS
 
 X = torch.randn(2, 3, 6, 6)

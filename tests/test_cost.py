@@ -14,8 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_prune.errors import OptionError, TraceError
 from lightning_prune.measuring import latency
-from lightning_prune.measuring.cost import Cost, measure_cost, measured_forward, peak_memory_bytes
+from lightning_prune.measuring.cost import Cost, measure_cost
+from lightning_prune.measuring.forwards import measured_forward
 from lightning_prune.measuring.latency import measure_latency, summarize_latency
+from lightning_prune.measuring.memory import peak_memory_bytes
 
 
 class Attention(nn.Module):

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_prune import GroupNormPruner
-from lightning_prune.measuring.cost import measure_cost, peak_memory_bytes
+from lightning_prune.measuring.cost import measure_cost
 from lightning_prune.measuring.latency import measure_latency
 from lightning_prune.measuring.measured import describe_machine
+from lightning_prune.measuring.memory import peak_memory_bytes
 from lightning_prune.measuring.speedup import measure_layers
 from lightning_prune.tracing.borrowing import Memory
 from lightning_prune.tracing.trace import trace

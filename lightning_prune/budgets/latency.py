@@ -22,7 +22,7 @@ from torch.utils.benchmark.utils.timer import timer
 from lightning_prune.budgets.subject import Bools, Subject
 from lightning_prune.errors import BudgetError, OptionError
 from lightning_prune.files import write_whole
-from lightning_prune.measuring.cost import measured_forward
+from lightning_prune.measuring.forwards import measured_forward
 from lightning_prune.measuring.latency import measure_latency
 from lightning_prune.measuring.measured import describe_machine
 from lightning_prune.plan import Plan

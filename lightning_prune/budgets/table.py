@@ -15,7 +15,7 @@ from lightning_prune.budgets.latency import (
     sizes_after,
 )
 from lightning_prune.budgets.subject import Aim, CostOf, Subject
-from lightning_prune.measuring.cost import peak_memory_bytes
+from lightning_prune.measuring.memory import peak_memory_bytes
 
 __all__ = ["KINDS", "Kind"]
 

@@ -1,34 +1,24 @@
-"""What a model costs: parameters, multiply-accumulates, bytes. Units are in the names.
-
-Whatever is borrowed from the model to find out is given back: train flags, buffers, random state, grad mode.
-"""
+"""What a model costs: parameters, multiply-accumulates, bytes. Units are in the names."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.backends import cudnn, mha, mkldnn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_prune.errors import OptionError, TraceError
-from lightning_prune.surgery.tensors import tensors_of
+from lightning_prune.measuring.forwards import ForwardFn, check_model, measured_forward
 
-__all__ = ["Cost", "ForwardFn", "count_parameters", "measure_cost", "measured_forward", "peak_memory_bytes"]
+__all__ = ["Cost", "count_parameters", "measure_cost"]
 
-ForwardFn = Callable[[nn.Module, Any], Any]
 Shape = tuple[int, ...]
 aten = torch.ops.aten
 
@@ -88,7 +78,7 @@ def measure_cost(model: nn.Module, example_inputs: Any, *, forward_fn: ForwardFn
     >>> measure_cost(nn.Linear(3, 2), torch.ones(5, 3)).macs
     30
     """
-    _check_model(model)
+    check_model(model)
     names, calls = _NamedMacs(model), _ForeignCalls()
     with measured_forward(model, example_inputs, forward_fn) as forward, _plain_kernels(), calls, names:
         forward()
@@ -100,156 +90,6 @@ def measure_cost(model: nn.Module, example_inputs: Any, *, forward_fn: ForwardFn
         macs_by_module={"": names.total(), **names.macs},
         uncounted=tuple(sorted(calls.names)),
     )
-
-
-def peak_memory_bytes(
-    model: nn.Module, example_inputs: Any, *, forward_fn: ForwardFn | None = None, allocator: bool = True
-) -> int:
-    """Measure the memory of an inference forward at its worst moment.
-
-    That is parameters, buffers and the intermediate results alive then; the inputs are the caller's and do
-    not count. On CUDA the allocator tells, workspaces included (its peak statistics are reset). Elsewhere
-    every tensor that an operation returns is followed until it is freed: exact and repeatable, blind to
-    a kernel's own workspace.
-
-    Args:
-        model: Any module; left as it was found.
-        example_inputs: As for ``measure_cost``.
-        forward_fn: ``forward_fn(model, example_inputs)`` replaces the call.
-        allocator: Ask CUDA's allocator where there is one; False: follow the tensors on every device.
-
-    Returns:
-        Bytes.
-
-    Raises:
-        OptionError: If ``model`` is not a module.
-        TraceError: If a parameter is uninitialised or the forward fails.
-
-    >>> peak_memory_bytes(nn.Linear(3, 2), torch.ones(5, 3))  # (8 parameters + 10 results) * 4 bytes
-    72
-    """
-    _check_model(model)
-    held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    gpus = [device for device in _devices(model) if device.type == "cuda"]
-    with measured_forward(model, example_inputs, forward_fn) as forward:
-        if gpus and allocator:
-            forward()  # the first call allocates libraries' workspaces for good
-            return int(held) + _peak_allocated_bytes(forward, gpus)
-        with _LiveBytes() as live:
-            forward()
-    return int(held + live.peak)
-
-
-@contextmanager
-def measured_forward(
-    model: nn.Module, example_inputs: Any, forward_fn: ForwardFn | None = None
-) -> Iterator[Callable[[], Any]]:
-    """Give a call of the model in eval mode without gradients; afterwards the model is as it was found.
-
-    Args:
-        model: Any module.
-        example_inputs: As for ``measure_cost``.
-        forward_fn: As for ``measure_cost``.
-
-    Yields:
-        A function without arguments that runs one forward.
-
-    Raises:
-        TraceError: If that forward fails.
-
-    >>> with measured_forward(nn.Dropout(), torch.ones(2)) as forward:
-    ...     forward()
-    tensor([1., 1.])
-    """
-    inputs = _on_device_of(model, example_inputs)
-
-    def forward() -> Any:
-        try:
-            return _call(model, inputs, forward_fn)
-        except Exception as error:
-            raise TraceError(
-                f"measuring {type(model).__name__} on {_describe(inputs)} was asked, but its forward raised "
-                f"{type(error).__name__}: {error}. Pass inputs that model(...) takes, or a forward_fn."
-            ) from error
-
-    with _undisturbed(model), torch.no_grad():
-        yield forward
-
-
-def _call(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None) -> Any:
-    if forward_fn is not None:
-        return forward_fn(model, inputs)
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, tuple):
-        return model(*inputs)
-    return model(inputs)
-
-
-def _describe(inputs: Any) -> str:
-    leaves = tree_leaves(dict(inputs) if isinstance(inputs, Mapping) else inputs)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    shapes = [f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors]
-    return ", ".join(shapes) if shapes else f"a {type(inputs).__name__}"
-
-
-def _devices(model: nn.Module) -> list[torch.device]:
-    return list(dict.fromkeys(t.device for t in (*model.parameters(), *model.buffers())))
-
-
-def _on_device_of(model: nn.Module, inputs: Any) -> Any:
-    devices = _devices(model)
-    if len(devices) != 1:
-        return inputs
-    plain = dict(inputs) if isinstance(inputs, Mapping) else inputs
-    return tree_map_only(Tensor, lambda t: t.to(devices[0]), plain)
-
-
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise OptionError(
-            f"expected model to be a torch.nn.Module but got {type(model).__name__}; pass the network itself"
-        )
-    lazy = [name for name, p in tensors_of(model).items() if is_lazy(p)]
-    if lazy:
-        raise TraceError(
-            f"the cost of {type(model).__name__} was asked, but {len(lazy)} of its tensors have no shape yet "
-            f"({', '.join(lazy[:4])}); run one batch through the model first"
-        )
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put the model into eval mode; give back train flags, buffers and every random state."""
-    # Flags are set one by one: ``eval()`` may be overridden and do more than that, such as merging adapters.
-    flags = [(module, module.training) for module in model.modules()]
-    buffers = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers(remove_duplicate=False)}
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    gpus = [device for device in _devices(model) if device.type == "cuda"]
-    with torch.random.fork_rng(devices=gpus):
-        try:
-            for module, _ in flags:
-                module.training = False
-            yield
-        finally:
-            for module, flag in flags:
-                module.training = flag
-            _restore_buffers(model, buffers)
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-
-
-def _restore_buffers(model: nn.Module, before: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    now = dict(model.named_buffers(remove_duplicate=False))
-    for name in now.keys() - before.keys():
-        owner, _, leaf = name.rpartition(".")
-        delattr(model.get_submodule(owner), leaf)
-    for name, (buffer, copy) in before.items():
-        if now.get(name) is not buffer:
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, buffer)
-        if not buffer.is_meta and not torch.equal(buffer, copy):
-            buffer.copy_(copy)
 
 
 @contextmanager
@@ -318,50 +158,6 @@ class _ForeignCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func.namespace not in ("aten", "prim", "prims"):
             self.names.add(f"{func.namespace}::{func.name().split('::')[-1].split('.')[0]}")
         return func(*args, **(kwargs or {}))
-
-
-class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows the storages that operations return; ``peak`` is the most that was alive at once, in bytes."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = 0
-        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._given: dict[int, StorageWeakRef] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # What comes in without having been made here is a parameter, a buffer or an input.
-        for storage in _storages((args, kwargs)):
-            if storage.cdata not in self._live:
-                self._given[storage.cdata] = storage
-        out = func(*args, **(kwargs or {}))
-        dead = [key for key, (ref, _) in self._live.items() if ref.expired()]  # type: ignore[no-untyped-call]
-        for key in dead:
-            del self._live[key]
-        for tensor in tree_leaves(out):
-            for storage in _storages(tensor):
-                if storage.cdata not in self._given:
-                    self._live[storage.cdata] = (storage, tensor.untyped_storage().nbytes())
-        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
-        return out
-
-
-def _storages(tree: Any) -> Iterator[StorageWeakRef]:
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
-            yield StorageWeakRef(leaf.untyped_storage())  # type: ignore[no-untyped-call]
-
-
-def _peak_allocated_bytes(forward: Callable[[], Any], devices: list[torch.device]) -> int:
-    before: dict[torch.device, int] = {}
-    for device in devices:
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before[device] = torch.cuda.memory_allocated(device)
-    forward()
-    for device in devices:
-        torch.cuda.synchronize(device)
-    return sum(int(torch.cuda.max_memory_allocated(device)) - start for device, start in before.items())
 
 
 # Formulas that torch.utils.flop_counter lacks: from shapes, two operations per MAC, as its own are.

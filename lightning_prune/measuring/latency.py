@@ -15,7 +15,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.benchmark.utils.timer import timer
 
 from lightning_prune.errors import OptionError
-from lightning_prune.measuring.cost import ForwardFn, measured_forward
+from lightning_prune.measuring.forwards import ForwardFn, measured_forward
 
 __all__ = ["Latency", "measure_latency", "summarize_latency"]
 

@@ -12,8 +12,10 @@ from typing import IO, Any, cast
 import torch
 from torch import nn
 
-from lightning_prune.measuring.cost import ForwardFn, measure_cost, peak_memory_bytes
+from lightning_prune.measuring.cost import measure_cost
+from lightning_prune.measuring.forwards import ForwardFn
 from lightning_prune.measuring.latency import measure_latency
+from lightning_prune.measuring.memory import peak_memory_bytes
 
 __all__ = ["Measured", "describe_machine", "describe_versions", "measure_pair", "saved_bytes"]
 

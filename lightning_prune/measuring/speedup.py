@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark.utils.timer import timer
 
-from lightning_prune.measuring.cost import ForwardFn, measure_cost, measured_forward
+from lightning_prune.measuring.cost import measure_cost
+from lightning_prune.measuring.forwards import ForwardFn, measured_forward
 
 __all__ = [
     "Fault",
