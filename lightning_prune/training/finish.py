@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -31,6 +27,7 @@ from lightning_prune.training.example_inputs import Example
 from lightning_prune.training.samples import sample_of
 from lightning_prune.training.scoring import Score
 from lightning_prune.training.showing import show
+from lightning_prune.training.testing import can_test, test_copy
 
 __all__ = ["FitReport"]
 
@@ -145,8 +142,9 @@ class FitReport:
         try:
             with isolate_rng():
                 dense = self._dense(pl_module, module)
-                found = self._measured(trainer, pl_module, dense, module, example, targets, config)
-            self.result = replace(found, frozen=pruner.frozen())
+                found = self._measured(trainer, pl_module, dense, module, example)
+            whole = self._with_history(found, trainer, config)
+            self.result = replace(whole, targets=targets, frozen=pruner.frozen())
             write_report(self.result, folder)
             print_report(self.result)
             show(trainer, self.result)
@@ -189,35 +187,24 @@ class FitReport:
         dense: LightningModule,
         module: str | None,
         example: Example,
-        targets: tuple[Target, ...],
-        config: Mapping[str, Any],
     ) -> Report:
+        """Score both networks, then measure them in turns where the fit ran."""
         split, metric, others = self._scores(trainer, pl_module, dense)
-        pair = {
-            "dense": copy.deepcopy(dense.get_submodule(module or "")),
-            "pruned": copy.deepcopy(pl_module.get_submodule(module or "")),
-        }
-        for network in pair.values():
-            network.to(trainer.strategy.root_device)
-        sample = sample_of(pair["dense"], example)
-        example = sample.example
+        old, new = (
+            copy.deepcopy(each.get_submodule(module or "")).to(trainer.strategy.root_device)
+            for each in (dense, pl_module)
+        )
+        sample = sample_of(old, example)
+        inputs, forward_fn = sample.example.inputs, sample.example.forward_fn
         before, after = measure_pair(
-            pair["dense"],
-            pair["pruned"],
-            example.inputs,
+            old,
+            new,
+            inputs,
             accuracies=(metric.dense, metric.pruned) if metric else (None, None),
-            forward_fn=example.forward_fn,
+            forward_fn=forward_fn,
             min_run_time_s=self.seconds,
         )
-        speed = account_for_speed(
-            pair["dense"],
-            pair["pruned"],
-            example.inputs,
-            time=_left(before.latency_ms, after.latency_ms),
-            macs=_left(before.macs, after.macs),
-            forward_fn=example.forward_fn,
-        )
-        seed = os.environ.get("PL_GLOBAL_SEED")
+        time, macs = _left(before.latency_ms, after.latency_ms), _left(before.macs, after.macs)
         return Report(
             dense=before,
             pruned=after,
@@ -227,8 +214,15 @@ class FitReport:
             split=split,
             others=others,
             inputs=sample.words,
-            channels=_channels(pair["dense"], pair["pruned"]),
-            targets=targets,
+            channels=_channels(old, new),
+            speed=account_for_speed(old, new, inputs, time=time, macs=macs, forward_fn=forward_fn),
+        )
+
+    def _with_history(self, found: Report, trainer: Trainer, config: Mapping[str, Any]) -> Report:
+        """Add to what was measured the run that led there."""
+        seed = os.environ.get("PL_GLOBAL_SEED")
+        return replace(
+            found,
             seed=None if seed is None else int(seed),
             versions=describe_versions(),
             machine=describe_machine(trainer.strategy.root_device),
@@ -236,7 +230,6 @@ class FitReport:
             timeline=self._timeline,
             cuts=self._cuts,
             spreads=self._spreads,
-            speed=speed,
         )
 
     def _scores(
@@ -244,8 +237,8 @@ class FitReport:
     ) -> tuple[str | None, Metric | None, tuple[Metric, ...]]:
         """Score both on the test split if that can be done, else compare validation metrics."""
         known = self._twin is not None or self._weights is not None
-        if known and trainer.world_size == 1 and _can_test(trainer, pl_module):
-            split, seen = "test", (_test(trainer, dense), _test(trainer, pl_module))
+        if known and trainer.world_size == 1 and can_test(trainer, pl_module):
+            split, seen = "test", (test_copy(trainer, dense), test_copy(trainer, pl_module))
         elif self._twin is not None:
             return None, None, ()
         else:
@@ -260,61 +253,6 @@ def _validated(metrics: Mapping[str, float]) -> dict[str, float]:
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
-
-
-def _can_test(trainer: Trainer, pl_module: LightningModule) -> bool:
-    return is_overridden("test_step", pl_module) and _test_data(trainer, pl_module) is not None
-
-
-def _test_data(trainer: Trainer, pl_module: LightningModule) -> Any:
-    """Find who has test data: the DataModule, else the module itself."""
-    datamodule = getattr(trainer, "datamodule", None)
-    for owner in (datamodule, pl_module):
-        if owner is not None and is_overridden("test_dataloader", owner):
-            return owner
-    return None
-
-
-def _test(trainer: Trainer, model: LightningModule) -> dict[str, float]:
-    """Test a copy with a Trainer of its own; this one's fit is over, but its state is still the user's."""
-    owner = _test_data(trainer, model)
-    datamodule = owner if owner is getattr(trainer, "datamodule", None) else None
-    with _silence():
-        tester = Trainer(
-            accelerator=trainer.strategy.root_device.type,
-            devices=1
-            if trainer.strategy.root_device.type == "cpu"
-            else [trainer.strategy.root_device.index or 0],
-            precision=trainer.precision,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        try:
-            results = tester.test(copy.deepcopy(model), datamodule=datamodule, verbose=False)
-        finally:
-            if datamodule is not None:
-                datamodule.trainer = trainer
-    return {name: float(value) for result in reversed(results) for name, value in result.items()}
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Keep what a Trainer says about itself off the console; it was said at the start of the fit."""
-    loggers = [
-        logging.getLogger(name) for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero")
-    ]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.WARNING)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
 
 
 def _channels(dense: nn.Module, pruned: nn.Module) -> dict[str, tuple[int, int]]:
