@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from lightning_prune.graph.explaining import Frozen
 from lightning_prune.reporting.history import LEVELS, Cut
@@ -38,62 +38,6 @@ class Section:
     lines: Lines = ()
     is_detail: bool = False
     is_text: bool = False
-
-
-def sections(report: Report) -> tuple[Section, ...]:
-    """Give the sections of a report that have something to say, in order."""
-    every = (
-        Section("Asked and reached", head=("", "asked", "reached"), lines=target_cells(report.targets)),
-        Section(
-            "Epochs",
-            "Sparsity is the share of the parameters removed, MACs the share left. A cut falls at the start "
-            "of its epoch; the values are those at its end.",
-            "timeline",
-            TIMELINE,
-            [[cell(epoch.get(key)) for key in TIMELINE] for epoch in report.timeline],
-            is_detail=True,
-        ),
-        Section(
-            "Channels per layer",
-            picture="channels",
-            head=("layer", "before", "after", "kept"),
-            lines=_channel_cells(report.channels),
-            is_detail=True,
-        ),
-        Section(
-            "Importance at the cuts",
-            "Every unit has a score; the weakest go. Where the removed ones lie well apart from those that "
-            "stay, the cut costs little. Groups that look alike form one class.",
-            "importance",
-            ("epoch", "class", "units", "removed", "strongest removed"),
-            _cut_cells(report.cuts),
-            is_detail=True,
-        ),
-        Section(
-            "Spread of unit norms",
-            "The squared norm of every unit by the mean of its group. Sparse learning works where the "
-            "weakest sink towards zero before the cuts while the strongest stay.",
-            "spread",
-            ("epoch", *(f"{level:.0%}" for level in LEVELS)),
-            [[cell(spread.epoch), *map(number, spread.quantiles)] for spread in report.spreads],
-            is_detail=True,
-        ),
-        Section(
-            "What stayed, and why",
-            "These positions were never up for removal.",
-            head=("reason", "where"),
-            lines=frozen_cells(report.frozen),
-            is_text=True,
-        ),
-        Section(
-            "Where it came out otherwise than asked",
-            head=("epoch", "note"),
-            lines=_note_cells(report.cuts),
-            is_text=True,
-        ),
-        Section("Run", head=("", ""), lines=_run_cells(report), is_text=True),
-    )
-    return tuple(section for section in every if section.lines)
 
 
 def target_cells(targets: Sequence[Target]) -> Lines:
@@ -142,3 +86,74 @@ def _note_cells(cuts: Sequence[Cut]) -> Lines:
 def _run_cells(report: Report) -> Lines:
     seed = {} if report.seed is None else {"seed": report.seed}
     return [(str(name), str(value)) for name, value in {**seed, **report.versions, **report.machine}.items()]
+
+
+# Every section in order, with what fills its lines.
+_EVERY: tuple[tuple[Section, Callable[[Report], Lines]], ...] = (
+    (
+        Section("Asked and reached", head=("", "asked", "reached")),
+        lambda report: target_cells(report.targets),
+    ),
+    (
+        Section(
+            "Epochs",
+            "Sparsity is the share of the parameters removed, MACs the share left. A cut falls at the start "
+            "of its epoch; the values are those at its end.",
+            "timeline",
+            TIMELINE,
+            is_detail=True,
+        ),
+        lambda report: [[cell(epoch.get(key)) for key in TIMELINE] for epoch in report.timeline],
+    ),
+    (
+        Section(
+            "Channels per layer",
+            picture="channels",
+            head=("layer", "before", "after", "kept"),
+            is_detail=True,
+        ),
+        lambda report: _channel_cells(report.channels),
+    ),
+    (
+        Section(
+            "Importance at the cuts",
+            "Every unit has a score; the weakest go. Where the removed ones lie well apart from those that "
+            "stay, the cut costs little. Groups that look alike form one class.",
+            "importance",
+            ("epoch", "class", "units", "removed", "strongest removed"),
+            is_detail=True,
+        ),
+        lambda report: _cut_cells(report.cuts),
+    ),
+    (
+        Section(
+            "Spread of unit norms",
+            "The squared norm of every unit by the mean of its group. Sparse learning works where the "
+            "weakest sink towards zero before the cuts while the strongest stay.",
+            "spread",
+            ("epoch", *(f"{level:.0%}" for level in LEVELS)),
+            is_detail=True,
+        ),
+        lambda report: [[cell(spread.epoch), *map(number, spread.quantiles)] for spread in report.spreads],
+    ),
+    (
+        Section(
+            "What stayed, and why",
+            "These positions were never up for removal.",
+            head=("reason", "where"),
+            is_text=True,
+        ),
+        lambda report: frozen_cells(report.frozen),
+    ),
+    (
+        Section("Where it came out otherwise than asked", head=("epoch", "note"), is_text=True),
+        lambda report: _note_cells(report.cuts),
+    ),
+    (Section("Run", head=("", ""), is_text=True), _run_cells),
+)
+
+
+def sections(report: Report) -> tuple[Section, ...]:
+    """Give the sections of a report that have something to say, in order."""
+    filled = (replace(section, lines=lines_of(report)) for section, lines_of in _EVERY)
+    return tuple(section for section in filled if section.lines)
