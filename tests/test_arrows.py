@@ -20,7 +20,7 @@ RANKS = (
     {"graph"},
     {"scores", "selection", "measuring"},
     {"budgets"},
-    {"vetting"},
+    {"vetting", "prospect"},
     {"pruner", "checkpoint", "metrics", "reporting"},
     {"pretrained"},
     {"models", "data", "sensitivity"},  # the first two of the demo
