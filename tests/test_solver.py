@@ -66,6 +66,33 @@ def test_ties_are_transitive() -> None:
     assert partition(Hand(5).tie((1, 2), (4, 2)).tie((3, 5)).solve()) == sets([0], [1, 2, 4], [3, 5])
 
 
+def merged_one_by_one(atoms: int, pairs: list[tuple[int, int]]) -> set[frozenset[int]]:
+    """The naive way: of two sets that a pair joins, every atom moves into the first."""
+    sets_ = {atom: {atom} for atom in range(atoms + 1)}
+    for left, right in pairs:
+        together = sets_[left] | sets_[right]
+        sets_.update(dict.fromkeys(together, together))
+    return {frozenset(s) for s in sets_.values()}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_ties_make_the_classes_that_merging_one_by_one_makes(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    pairs = [(int(a), int(b)) for a, b in rng.integers(0, 61, (int(rng.integers(1, 60)), 2))]
+    assert partition(Hand(60).tie(*pairs).solve()) == merged_one_by_one(60, pairs)
+
+
+@pytest.mark.parametrize("center", [1, 5, 9])
+def test_what_is_tied_to_one_atom_is_one_class_in_whatever_order(center: int) -> None:
+    others = [atom for atom in range(1, 10) if atom != center]
+    assert partition(Hand(9).tie(*[(center, o) for o in others]).solve()) == sets([0], range(1, 10))
+    assert partition(Hand(9).tie(*[(o, center) for o in others[::-1]]).solve()) == sets([0], range(1, 10))
+
+
+def test_classes_are_numbered_by_their_first_atoms() -> None:
+    assert Hand(6).tie((2, 6), (3, 1)).solve().of.tolist() == [0, 1, 2, 1, 3, 4, 2]
+
+
 def test_what_is_tied_to_something_frozen_stays() -> None:
     assert partition(Hand(4).tie((1, 2), (3, 4)).freeze(2).solve()) == sets([0, 1, 2], [3, 4])
 

@@ -16,7 +16,7 @@ from test_exact import CASES
 from torch import Tensor, nn
 
 from lightning_prune import GroupNormPruner
-from lightning_prune.graph.groups import build_graph
+from lightning_prune.graph.grouping import build_graph
 from lightning_prune.tracing.borrowing import Memory, ways_to_trace
 from lightning_prune.tracing.meta import FORMS, Shapes, run_without_floats
 from lightning_prune.tracing.trace import trace

@@ -11,7 +11,8 @@ import numpy.typing as npt
 from torch import nn
 
 from lightning_prune.graph.equations import Constraints
-from lightning_prune.graph.groups import Graph, Group, build_graph
+from lightning_prune.graph.grouping import build_graph
+from lightning_prune.graph.groups import Graph, Group
 from lightning_prune.graph.planning import make_plan, predicted_macs, predicted_parameters
 from lightning_prune.plan import Plan
 from lightning_prune.tracing.trace import trace

@@ -66,6 +66,27 @@ def along(label: Label, dim: int) -> Ints:
     return label.transpose(order).reshape(-1, label.shape[dim])
 
 
+def unique(values: Ints) -> Ints:
+    """Different values in ascending order. ``np.unique`` looks them up one by one, which sorting need not.
+
+    >>> unique(np.array([3, 1, 3])).tolist()
+    [1, 3]
+    """
+    ordered = np.sort(values, axis=None)
+    return ordered[starts(ordered)]
+
+
+def starts(ordered: Ints) -> npt.NDArray[np.bool_]:
+    """True where a value is another one than that before it.
+
+    >>> starts(np.array([1, 1, 3])).tolist()
+    [True, False, True]
+    """
+    begins = np.ones(len(ordered), bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=begins[1:])
+    return begins
+
+
 def distinct(rows: Ints) -> Ints:
     """Different rows in lexicographic order, as ``np.unique(rows, axis=0)`` gives them.
 

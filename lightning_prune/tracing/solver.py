@@ -10,10 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
-from lightning_prune.tracing.labels import FROZEN, Ints, Ledger
+from lightning_prune.tracing.labels import FROZEN, Ints, Ledger, starts, unique
 
 
 @dataclass(frozen=True)
@@ -58,18 +56,35 @@ class _Union:
     """Class of every atom, merged by batches of pairs."""
 
     def __init__(self, count: int, left: Ints, right: Ints) -> None:
-        self.of = np.arange(count, dtype=np.int64)
-        self.merge(left, right)
+        self.of = _components(count, left, right)
+
+    @property
+    def count(self) -> int:
+        """Number of classes."""
+        return int(self.of.max()) + 1
 
     def merge(self, left: Ints, right: Ints) -> None:
-        n = int(self.of.max()) + 1
-        graph = coo_array((np.ones(len(left), np.int8), (left, right)), shape=(n, n))
-        _, component = connected_components(graph, directed=False)
-        names = np.full(component.max() + 1, -1, np.int64)
-        names[component[FROZEN]] = FROZEN
-        rest = np.flatnonzero(names < 0)
-        names[rest] = np.arange(1, len(rest) + 1)
-        self.of = names[component][self.of]
+        self.of = _components(self.count, left, right)[self.of]
+
+
+def _components(count: int, left: Ints, right: Ints) -> Ints:
+    """Connected components of a graph, numbered by their smallest nodes; node 0 is FROZEN.
+
+    Every root is hung below the smallest root that it has an edge to, all paths are cut short, and edges
+    within one tree are dropped, until there are none (Liu and Tarjan, "Simple concurrent labeling algorithms
+    for connected components", SOSA 2019).
+    """
+    of = np.arange(count, dtype=np.int64)
+    while len(left):
+        low, high = np.minimum(left, right), np.maximum(left, right)
+        np.minimum.at(of, high, low)
+        while not np.array_equal(up := of[of], of):
+            of = up
+        left, right = of[low], of[high]
+        apart = left != right
+        left, right = left[apart], right[apart]
+    is_root = of == np.arange(count)
+    return (np.cumsum(is_root) - 1)[of]
 
 
 def solve(ledger: Ledger, lone: Ints | None = None) -> Classes:
@@ -120,8 +135,8 @@ def _equal_where(a: Ints, b: Ints, value: Ints) -> list[tuple[Ints, Ints]]:
     if not len(a):
         return []
     key = a * (int(b.max()) + 1) + b
-    order = np.argsort(key, kind="stable")
-    same = key[order][1:] == key[order][:-1]
+    order = np.argsort(key)
+    same = ~starts(key[order])[1:]
     ordered = value[order]
     return [(ordered[1:][same], ordered[:-1][same])]
 
@@ -139,13 +154,14 @@ def _equal_rows(row: Ints, leaf: Ints) -> list[tuple[Ints, Ints]]:
     if not live.any():
         return []
     width = int(leaf.max()) + 1
-    pairs = np.divmod(np.unique(row[live] * width + leaf[live]), width)
+    rows, leaves = np.divmod(unique(row[live] * width + leaf[live]), width)
     weight = np.random.default_rng(0).integers(1, 2**62, width)
-    rows, start = np.unique(pairs[0], return_index=True)
-    content = np.add.reduceat(weight[pairs[1]], start)
-    order = np.argsort(content, kind="stable")
-    same = content[order][1:] == content[order][:-1]
-    return [(rows[order][1:][same], rows[order][:-1][same])]
+    start = np.flatnonzero(starts(rows))
+    content = np.add.reduceat(weight[leaves], start)
+    order = np.argsort(content)
+    same = ~starts(content[order])[1:]
+    rows = rows[start][order]
+    return [(rows[1:][same], rows[:-1][same])]
 
 
 def _heads_first(union: _Union, ands: list[Ints], heads: Ints) -> tuple[Ints, Ints, Ints, np.ndarray]:
@@ -155,7 +171,7 @@ def _heads_first(union: _Union, ands: list[Ints], heads: Ints) -> tuple[Ints, In
     the dimensions were split off with.
     """
     row, cell, leaf = (union.of[part] for part in ands)
-    is_head = np.zeros(int(union.of.max()) + 1, bool)
+    is_head = np.zeros(union.count, bool)
     is_head[union.of[heads]] = True
     turned = is_head[cell] & ~is_head[row]
     return np.where(turned, cell, row), np.where(turned, row, cell), leaf, is_head
@@ -165,24 +181,25 @@ def _freeze_rows(union: _Union, ands: list[Ints], heads: Ints) -> bool:
     """Rows that are not heads stay whole, and so do rows of a leaf that is cut two ways."""
     row, cell, leaf, is_head = _heads_first(union, ands, heads)
     live = (row != FROZEN) & (cell != FROZEN) & (leaf != FROZEN)
-    bad = live & ~is_head[row]
-    pairs = (
-        np.unique(np.stack([leaf[live], row[live], cell[live]]), axis=1)
-        if live.any()
-        else np.zeros((3, 0), np.int64)
-    )
-    twice = pairs[0][1:][pairs[0][1:] == pairs[0][:-1]]
-    bad |= live & np.isin(leaf, twice)
-    targets = np.unique(row[bad])
+    is_twice = np.zeros(union.count, bool)
+    is_twice[_cut_two_ways(row[live], cell[live], leaf[live])] = True
+    targets = unique(row[live & (~is_head[row] | is_twice[leaf])])
     if not len(targets):
         return False
     union.merge(targets, np.zeros(len(targets), np.int64))
     return True
 
 
+def _cut_two_ways(row: Ints, cell: Ints, leaf: Ints) -> Ints:
+    """Leaves that are not the same row AND cell everywhere."""
+    order = np.argsort(leaf)
+    row, cell, leaf = row[order], cell[order], leaf[order]
+    return leaf[1:][~starts(leaf)[1:] & (starts(row)[1:] | starts(cell)[1:])]
+
+
 def _classes(ledger: Ledger, union: _Union, ands: list[Ints], heads: Ints) -> Classes:
     row, cell, leaf, _ = _heads_first(union, ands, heads)
-    count = int(union.of.max()) + 1
+    count = union.count
     row_of, cell_of = np.full(count, -1, np.int64), np.full(count, -1, np.int64)
     live = (row != FROZEN) & (cell != FROZEN) & (leaf != FROZEN) & (leaf != row) & (leaf != cell)
     row_of[leaf[live]], cell_of[leaf[live]] = row[live], cell[live]
@@ -209,8 +226,8 @@ def _break_cycles(row: Ints, cell: Ints) -> None:
         nested = row[reach] >= 0
         origin = np.concatenate([origin[nested], origin[nested]])
         reach = np.concatenate([row[reach[nested]], cell[reach[nested]]])
-        loops = np.unique(origin[reach == origin])
+        loops = unique(origin[reach == origin])
         row[loops] = cell[loops] = -1
         if not len(reach):
             return
-    row[np.unique(origin)] = cell[np.unique(origin)] = -1
+    row[origin] = cell[origin] = -1
