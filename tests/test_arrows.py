@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "lightning_prune"
 # Lowest first. A module imports only from lower lines: those of one line are siblings, which never meet. The
 # files of a folder may import one another. A module or folder that is not here needs a place.
 RANKS = (
-    {"errors"},
+    {"errors", "leaving"},
     {"plan", "options", "files"},
     {"surgery"},  # its patches tell tracing which layers have an equal forward
     {"tracing"},

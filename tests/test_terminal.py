@@ -8,13 +8,19 @@ import os
 import pty
 import re
 import signal
+import subprocess
 import sys
+import time
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lightning_prune.leaving import leaving_at_once
 from lightning_prune.reporting.waiting import with_bar
 
+PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
 COMMAND = "from lightning_prune.commands.entry import main; main()"
 WORDS = ["--as-is", "model.net.widths=[8,8,8]", "model.net.depth=1", "--ratios", "0.2,0.4,0.6,0.8"]
 CTRL_C = b"\x03"
@@ -57,6 +63,84 @@ def test_ctrl_c_on_a_terminal_is_one_calm_line(tmp_path: Path) -> None:
     points = json.loads((tmp_path / "sensitivity.json").read_text())["points"]
     measured = sum(map(len, points.values()))
     assert 2 <= measured < 24
+
+
+# As the installed script begins. It says when Python has started, which answers Ctrl-C by itself until then.
+SCRIPT = """
+import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below a shell's background job
+from {0} import {1}
+os.write(1, b"begun ")
+{1}()
+"""
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("seconds", [0.05, 0.2, 0.5, 1, 2, 3])
+def test_ctrl_c_while_a_command_begins_is_one_line(seconds: float, tmp_path: Path) -> None:
+    script = SCRIPT.format(*PROJECT["project"]["scripts"]["lightning-prune"].split(":"))
+    command = [sys.executable, "-c", script, "train", "trainer.enable_progress_bar=false"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert os.read(process.stdout.fileno(), 6) == b"begun "
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate()[1].decode()
+    assert process.returncode == 130, said
+    assert said.count("Stopped") == said.count("\n") == 1
+
+
+# Ctrl-C falls into the loading of a library that loses the exception: finalizers and bare excepts do.
+LOSES_IT = """
+import os, signal, sys
+from contextlib import suppress
+from lightning_prune.__main__ import main
+
+class Library:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[-1]:
+            with suppress(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Library())
+main()
+"""
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("library", ["omegaconf", "torch"])
+def test_a_library_that_loses_exceptions_does_not_lose_ctrl_c(library: str, tmp_path: Path) -> None:
+    words = [sys.executable, "-c", LOSES_IT, "plan", "--help", library]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "Stopped.\n")
+
+
+@pytest.mark.parametrize("answer", [signal.SIG_IGN, signal.SIG_DFL, lambda number, frame: None])
+def test_a_ctrl_c_that_others_have_answered_stays_so_while_a_command_loads(answer: Any) -> None:
+    before = signal.signal(signal.SIGINT, answer)
+    try:
+        with leaving_at_once():
+            assert signal.getsignal(signal.SIGINT) is answer
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_is_an_exception_again_once_a_command_is_loaded() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with leaving_at_once():
+            assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Screen(io.StringIO):

@@ -12,6 +12,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_prune.errors import PruneError
+from lightning_prune.leaving import CTRL_C
 
 __all__ = ["USER_ERRORS", "Refused", "Stopped", "answer"]
 
@@ -51,7 +52,7 @@ def answer(run: Callable[[], None]) -> int:
             run()
         except KeyboardInterrupt as stop:
             print(str(stop) or "Stopped.", file=sys.stderr)
-            return 130
+            return CTRL_C
         except BrokenPipeError:  # whoever reads, such as `head`, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the exit is silent too
             return 1

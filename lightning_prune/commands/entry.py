@@ -11,6 +11,7 @@ from importlib import import_module
 from lightning_prune.commands.answering import answer
 from lightning_prune.commands.table import COMMANDS, DEFAULT, listed
 from lightning_prune.errors import OptionError
+from lightning_prune.leaving import leaving_at_once
 
 __all__ = ["main"]
 
@@ -34,4 +35,6 @@ def _call(name: str, words: Sequence[str]) -> None:
             f"`lightning-prune {name}` was asked for, which is no command{hint} There are:\n{listed()}\n"
             "`lightning-prune key=value ...` changes a value of a run, `lightning-prune --help` lists them."
         )
-    import_module(f"lightning_prune.commands.{name}").run(words)
+    with leaving_at_once():
+        command = import_module(f"lightning_prune.commands.{name}")
+    command.run(words)
