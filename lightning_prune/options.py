@@ -51,8 +51,8 @@ class PruningOptions:
         reg: Strength of the sparsity penalty, >= 0.
         alpha: The weakest unit is pressed ``2 ** alpha`` times as hard as the strongest, in [0, 64].
         nan_policy: What non-finite numbers do: ``raise``, ``skip`` or ``zero``.
-        fused: Press weights by kernels of our own on a GPU and by native loops on a CPU, which takes less
-            time than PyTorch's operations. None: on a GPU alone. True needs the extra ``fused`` on a CPU.
+        fused: Press weights by kernels of our own on a GPU (Triton) and by native loops on a CPU (Numba,
+            extra ``fused``), in less time than PyTorch's operations take. None: where that is installed.
         forward_fn: ``forward_fn(model, example_inputs)`` replaces the call of the model.
         output_transform: Applied to the output of the traced forward.
     """

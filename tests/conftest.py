@@ -111,4 +111,13 @@ def interpreted_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="Triton is published for Linux alone")
     if torch.cuda.is_available():
         pytest.skip("where there is a GPU, the kernels are compiled for it")
-    monkeypatch.setattr("lightning_prune.scores.launching.DEVICES", ("cpu",))
+    backends = import_module("lightning_prune.scores.backends")
+    monkeypatch.setitem(backends.BACKENDS, "cpu", backends.TRITON)
+
+
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat the CPU as a device that is not to be waited for."""
+    for name in ("scores.regularizer", "scores.inspecting", "scores.launching", "training.gradients"):
+        module = import_module(f"lightning_prune.{name}")
+        monkeypatch.setattr(module, "answers_at_once", lambda device: False)

@@ -10,7 +10,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from test_callback import Plain, Quiet, build, data, fit, pytestmark  # noqa: F401 - applies the same filters
 from torch import nn
 
-from lightning_prune.training import gradients
+from lightning_prune.scores.inspecting import Inspector
 
 REG = 0.05
 
@@ -204,7 +204,8 @@ def test_equals_an_explicit_loss_term_on_a_gpu(cls, options, trainer_options, to
 
 
 @pytest.mark.parametrize("value", [1.0, torch.nan, torch.inf])
-def test_gradients_of_every_kind_are_judged(value):
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "torch"])
+def test_gradients_of_every_kind_are_judged(value, fused):
     """Complex ones may be conjugated in name alone."""
     kinds = {
         "plain": torch.ones(3),
@@ -213,12 +214,13 @@ def test_gradients_of_every_kind_are_judged(value):
         "wide": torch.full((3,), 1e300, dtype=torch.float64),
         "complex": torch.ones(3, dtype=torch.complex64).conj(),
     }
-    assert gradients._non_finite(kinds) == []
+    inspector = Inspector(fused=fused)
+    assert not inspector.look(list(kinds.values()))[1]
     for name, grad in kinds.items():
         broken = grad.clone()
         broken[1] = value
-        found = gradients._non_finite({**kinds, name: broken.conj() if grad.is_conj() else broken})
-        assert found == ([] if value == 1 else [name])
+        flags, _ = inspector.look(list({**kinds, name: broken.conj() if grad.is_conj() else broken}.values()))
+        assert [n for n, flag in zip(kinds, flags, strict=True) if flag] == ([] if value == 1 else [name])
 
 
 def test_the_penalty_is_felt():

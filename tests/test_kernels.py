@@ -1,10 +1,11 @@
-"""The kernels of the regulariser, by Triton's interpreter on a CPU, and compiled where there is a GPU.
+"""The kernels of the regulariser: Numba's loops, Triton's interpreter on a CPU, and compiled on a GPU.
 
 That they compute the penalty is shown by every test of the regulariser, which run them too.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -24,16 +25,17 @@ from naive_penalty import (
 )
 from torch import nn
 
-from lightning_prune import GroupNormPruner, OptionError, PruningOptions
-from lightning_prune.scores import fused, launching
+from lightning_prune import GroupNormPruner, OptionError, PruneError, PruningOptions
+from lightning_prune.scores import backends
+from lightning_prune.scores.backends import NUMBA, TRITON, Kernels, backend_for
 from lightning_prune.scores.gammas import Gammas
 from lightning_prune.scores.inspecting import Inspector
-from lightning_prune.scores.kernels import Kernels
-from lightning_prune.scores.launching import KernelGammas, KernelWalk, sheet_of
+from lightning_prune.scores.launching import KernelGammas, KernelWalk
 from lightning_prune.scores.layout import Block, plan_blocks
 from lightning_prune.scores.members import scored_members
 from lightning_prune.scores.positions import Positions
 from lightning_prune.scores.regularizer import Regularizer
+from lightning_prune.scores.sheets import sheet_of
 from lightning_prune.scores.walks import Walk
 
 GPU = pytest.param(
@@ -42,11 +44,15 @@ GPU = pytest.param(
 )
 
 
-@pytest.fixture(params=["cpu", GPU])
+@pytest.fixture(params=["numba", "triton", GPU])
 def device(request):
-    if request.param == "cpu":
+    if request.param == "triton":
         request.getfixturevalue("interpreted_kernels")
-    return request.param
+    return request.param if request.param == "cuda" else "cpu"
+
+
+def backend_of(weights):
+    return backend_for(next(iter(weights.values())).device, fused=True)
 
 
 def walk_over(weights, *dims):
@@ -54,7 +60,7 @@ def walk_over(weights, *dims):
     wanted = [(name, dim, 1) for name, w in weights.items() for dim in dims if dim < w.dim()]
     blocks = plan_blocks(weights, wanted)
     wide = any(w.dtype == torch.float64 for w in weights.values())
-    return KernelWalk(blocks, weights, torch.float64 if wide else torch.float32), blocks
+    return KernelWalk(blocks, weights, torch.float64 if wide else torch.float32, backend_of(weights)), blocks
 
 
 def along(weight, dim, numbers):
@@ -164,6 +170,16 @@ def test_gradients_of_another_layout_or_type_or_none_at_all(device):
         torch.testing.assert_close(weights[name].grad, 2 * weights[name].detach())
 
 
+def test_tensors_that_are_negated_in_name_alone(device):
+    weights = {n: nn.Parameter(torch.randn(5, 6, device=device)) for n in ("w", "v")}
+    weights["v"].data = torch._neg_view(weights["v"].detach())
+    weights["w"].grad = torch._neg_view(torch.ones(5, 6, device=device))
+    weights["v"].grad = torch.zeros(5, 6, device=device)
+    walk_over(weights, 0)[0].add(torch.ones(10, device=device), clean=False)
+    torch.testing.assert_close(weights["w"].grad.resolve_neg(), weights["w"].detach() - 1)
+    torch.testing.assert_close(weights["v"].grad, weights["v"].detach().resolve_neg())
+
+
 def test_strides_along_an_axis_of_one_element_do_not_matter(device, monkeypatch):
     """Convolutions of 1x1 get such gradients from cuDNN."""
     monkeypatch.setattr(Block, "add_scaled", never)
@@ -178,8 +194,8 @@ def never(*_, **__):
 
 
 def test_asked_for_they_are_what_runs(device, monkeypatch):
-    for cls, name in ((Block, "sums"), (Block, "add_scaled"), (fused, "sums"), (fused, "add_scaled")):
-        monkeypatch.setattr(cls, name, never)
+    for name in ("sums", "add_scaled"):
+        monkeypatch.setattr(Block, name, never)
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(144, 5)
     )
@@ -258,9 +274,9 @@ def test_gammas_are_those_of_pytorch(device, keep, broken):
     blocks = plan_blocks(tensors, ((m.tensor, m.dim, m.rows) for g in members for m in g))
     positions = Positions.of(blocks, groups, members, torch.device(device))
     sums = torch.rand(positions.count, dtype=torch.float64, device=device)
-    found = [
-        kind(positions, groups, reg=0.3, alpha=3.0, dtype=torch.float64) for kind in (Gammas, KernelGammas)
-    ]
+    how = {"reg": 0.3, "alpha": 3.0, "dtype": torch.float64}
+    backend = backend_of(tensors)
+    found = [Gammas(positions, groups, **how), KernelGammas(positions, groups, backend=backend, **how)]
     for gammas in found:
         gammas.refresh(sums, sums)
     if broken:
@@ -292,19 +308,19 @@ def test_what_the_kernels_cannot_do_is_left_to_pytorch(weight, wanted):
     blocks = plan_blocks(
         {"w": torch.view_as_real(weight) if weight.is_complex() else weight}, [("w", *w) for w in wanted]
     )
-    assert [sheet_of(i, b, weight) for i, b in enumerate(blocks)] == [None] * len(blocks)
+    sheets = [sheet_of(i, b, weight, TRITON.dtypes) for i, b in enumerate(blocks)]
+    assert sheets == [None] * len(blocks)
 
 
-@pytest.mark.usefixtures("interpreted_kernels")
-def test_two_blocks_of_a_tensor_do_not_write_at_once():
+def test_two_blocks_of_a_tensor_do_not_write_at_once(device):
     """One launch that wrote both would lose the one or the other."""
-    weights = {"w": nn.Parameter(torch.randn(8, 3, 3))}
+    weights = {"w": nn.Parameter(torch.randn(8, 3, 3, device=device))}
     weights["w"].grad = torch.zeros_like(weights["w"])
     blocks = plan_blocks(weights, [("w", 0, 2), ("w", 0, 4)])
-    walk = KernelWalk(blocks, weights, torch.float32)
+    walk = KernelWalk(blocks, weights, torch.float32, backend_of(weights))
     assert len(blocks) == 2
     assert sum(len(t.sheets) for t in walk._tables) <= 1
-    plain = Walk(blocks, weights, torch.float32, fused=False)
+    plain = Walk(blocks, weights, torch.float32)
     torch.testing.assert_close(walk.sums(clean=False), plain.sums(clean=False))
 
 
@@ -323,17 +339,17 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lightning_prune.scores import inspecting, launching
-from lightning_prune.scores.kernels import compiled
+from lightning_prune.scores.backends import TRITON, Kernels
+from lightning_prune.scores.kernels import jitted
 
 places = ("where", "weights", "grads", "facts", "jobs", "ends", "spans", "sizes", "group_of", "numbers")
 kinds = dict.fromkeys(places, "*i64") | dict.fromkeys(("tiles", "chunks", "take", "owners"), "*i32")
 kinds |= dict.fromkeys(("clean", "keep", "of_all", "n_units", "n_positions"), "i32")
 kinds |= dict.fromkeys(("resting", "rested", "seen", "flags"), "*u8")
-sizes = {"square_sums": launching.TILE, "add_products": launching.TILE, "collect": launching.COLLECT}
-sizes |= {"unit_sums": launching.UNITS, "press": (launching.GROUP,), "spread": (launching.SPREAD,)}
-sizes |= {"find_non_finite": (inspecting.AT_ONCE,)}
-for name, kernel in compiled()._asdict().items():
+how = TRITON.sizes
+sizes = {"square_sums": how.tile, "add_products": how.tile, "collect": how.collect, "unit_sums": how.units}
+sizes |= {"press": (how.group,), "spread": (how.spread,), "find_non_finite": (how.inspect,)}
+for name, kernel in zip(Kernels._fields, jitted()):
     fixed = dict(zip(kernel.arg_names[-len(sizes[name]):], sizes[name]))
     for like, precision in (("fp32", "fp32"), ("bf16", "fp32"), ("fp16", "fp32"), ("fp64", "fp64")):
         other = {a: "constexpr" if a in fixed else f"*{precision}" for a in kernel.arg_names}
@@ -360,47 +376,80 @@ def test_they_compile_for_gpus_that_are_not_here(tmp_path):
     assert done.stdout.split() == list(Kernels._fields), done.stderr
 
 
-def test_without_triton_the_option_is_refused_where_the_weights_are_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(launching, "find_spec", lambda name: None)
-    assert not launching.usable(torch.device("cpu"), fused=True)
-    with pytest.raises(OptionError, match="fused=True needs Triton for cuda:1, and it is not installed"):
-        launching.usable(torch.device("cuda", 1), fused=True)
+CUDA, CPU, MPS = torch.device("cuda", 1), torch.device("cpu"), torch.device("mps")
+
+
+def missing(name):
+    def load():
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    return load
+
+
+def without(monkeypatch, backend):
+    """Let the language of a backend not be installed."""
+    backends._compiles.cache_clear()
+    for device, known in list(backends.BACKENDS.items()):
+        if known == backend:
+            lacking = dataclasses.replace(backend, load=missing(backend.language.lower()))
+            monkeypatch.setitem(backends.BACKENDS, device, lacking)
+
+
+def test_what_is_asked_for_and_not_installed_is_refused(monkeypatch):
+    without(monkeypatch, TRITON)
+    without(monkeypatch, NUMBA)
+    with pytest.raises(OptionError, match=r"needs Triton for weights on cuda:1.*No module named 'triton'"):
+        backend_for(CUDA, fused=True)
+    with pytest.raises(
+        OptionError, match=r"needs Numba for .* on cpu.*pip install 'lightning-prune\[fused\]'"
+    ):
+        backend_for(CPU, fused=True)
 
 
 def test_a_gpu_needs_no_numba_and_a_cpu_does(monkeypatch):
-    without = {"find_spec": lambda name: None if name == "numba" else name}
-    monkeypatch.setattr("lightning_prune.options.find_spec", without["find_spec"])
-    monkeypatch.setattr("lightning_prune.scores.fused.find_spec", without["find_spec"])
+    monkeypatch.setattr("lightning_prune.options.find_spec", lambda name: None if name == "numba" else name)
+    without(monkeypatch, NUMBA)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert PruningOptions(fused=True).fused
     weight = nn.Parameter(torch.ones(2, 2))
-    with pytest.raises(OptionError, match="needs numba on a CPU"):
+    with pytest.raises(OptionError, match="needs Numba for weights on cpu"):
         Regularizer([group("w", member("w", 0, range(2), range(2), 2))], {"w": weight}, fused=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(OptionError, match="fused=True needs numba"):
         PruningOptions(fused=True)
 
 
-def test_other_devices_are_left_to_pytorch():
-    assert launching.usable(torch.device("cuda", 1), fused=True)
-    assert not launching.usable(torch.device("cuda", 1), fused=False)
-    assert not launching.usable(torch.device("cpu"), fused=True)
-    assert not launching.usable(torch.device("mps"), fused=None)
+@pytest.mark.filterwarnings("error")
+def test_what_nobody_asked_for_is_not_missed(monkeypatch):
+    without(monkeypatch, NUMBA)
+    assert backend_for(CPU, fused=None) is None
+
+
+def test_every_device_has_its_language():
+    assert backend_for(CUDA, fused=True) == TRITON
+    assert backend_for(CPU, fused=True) == backend_for(CPU, fused=None) == NUMBA
+    assert backend_for(MPS, fused=None) is backend_for(CPU, fused=False) is None
+    assert backend_for(torch.device("meta"), fused=True) is None
     with pytest.raises(OptionError, match=r"fused=True has loops for CPUs .* and the weights lie on mps"):
-        launching.usable(torch.device("mps"), fused=True)
+        backend_for(MPS, fused=True)
 
 
-@pytest.mark.usefixtures("interpreted_kernels")
-def test_where_they_do_not_compile_pytorch_is_asked_and_the_reason_is_told(monkeypatch):
-    launching._compile_on.cache_clear()
-    assert launching.usable(torch.device("cpu"), fused=None)
-    launching._compile_on.cache_clear()
-    monkeypatch.setattr(launching, "compiled", broken)
+@pytest.mark.parametrize("backend", [NUMBA, TRITON], ids=["numba", "triton"])
+def test_where_they_do_not_compile_pytorch_is_asked_and_the_reason_is_told(monkeypatch, backend):
+    monkeypatch.setitem(backends.BACKENDS, "cpu", dataclasses.replace(backend, load=broken))
     with pytest.warns(UserWarning, match=r"cannot compile for cpu \(RuntimeError: Failed to find C compiler"):
-        assert not launching.usable(torch.device("cpu"), fused=None)
-    assert not launching.usable(torch.device("cpu"), fused=None)  # told once
-    launching._compile_on.cache_clear()
+        assert backend_for(CPU, fused=None) is None
+    assert backend_for(CPU, fused=None) is None  # told once
 
 
 def broken():
     raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nMore.")
+
+
+def test_weights_without_memory_are_refused(device):
+    weights = {"w": nn.Parameter(torch.ones(4, 6, device=device))}
+    walk, _ = walk_over(weights, 0)
+    walk.sums(clean=False)
+    weights["w"].untyped_storage().resize_(0)
+    with pytest.raises(PruneError, match="the memory of a weight was given back"):
+        walk.sums(clean=False)

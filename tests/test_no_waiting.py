@@ -15,8 +15,6 @@ from test_regularizer_nonfinite import NoWaiting
 from torch.profiler import ProfilerActivity, profile
 
 from lightning_prune.errors import PruneError
-from lightning_prune.scores import regularizer
-from lightning_prune.training import gradients
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -64,13 +62,6 @@ class Idle(torch.optim.SGD):
 class BrokenIdle(Broken):
     def configure_optimizers(self):
         return Idle(self.parameters(), lr=0.1)
-
-
-@pytest.fixture
-def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Treat the CPU as a device that is not to be waited for."""
-    for module in (regularizer, gradients):
-        monkeypatch.setattr(module, "answers_at_once", lambda device: False)
 
 
 def half():

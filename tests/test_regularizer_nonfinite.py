@@ -165,18 +165,13 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def asynchronous(*args, **options):
-    regularizer = Regularizer(*args, **options)
-    regularizer._immediate = False
-    return regularizer
-
-
+@pytest.mark.usefixtures("accelerator")
 @pytest.mark.parametrize("policy", ["skip", "zero", "raise"])
 @pytest.mark.parametrize("update_every", [1, 100])
 def test_no_step_waits_for_the_device(policy, update_every):
     tensors, groups = parameters(), [channels(), *others()]
     start = before(tensors)
-    regularizer = asynchronous(groups, tensors, reg=0.1, nan_policy=policy, update_every=update_every)
+    regularizer = Regularizer(groups, tensors, reg=0.1, nan_policy=policy, update_every=update_every)
     with NoWaiting():
         regularizer.apply(torch.tensor(0.5))
         regularizer.apply(0.5)
@@ -189,10 +184,11 @@ def test_a_wait_would_be_noticed():
         Regularizer([channels()], parameters()).apply()
 
 
+@pytest.mark.usefixtures("accelerator")
 @pytest.mark.parametrize("update_every", [1, 100])
 def test_what_breaks_on_the_device_rests_there_and_is_told_when_asked(update_every):
     groups, tensors = two_layers()
-    regularizer = asynchronous(groups, tensors, reg=0.1, update_every=update_every)
+    regularizer = Regularizer(groups, tensors, reg=0.1, update_every=update_every)
     regularizer.apply()
     with torch.no_grad():
         tensors["a"][1, 0] = math.nan
@@ -211,24 +207,26 @@ def test_what_breaks_on_the_device_rests_there_and_is_told_when_asked(update_eve
     assert len(caught) == 1
 
 
+@pytest.mark.usefixtures("accelerator")
 def test_many_weights_of_half_precision_are_no_reason_to_rest_on_the_device():
     """Their magnitudes add up to more than the largest number of the type."""
     w = torch.nn.Parameter(torch.full((512, 256), 1.0, dtype=torch.float16))
     w.grad = torch.zeros_like(w)
     groups = [group("w:0", member("w", 0, range(512), range(512), 512))]
-    regularizer = asynchronous(groups, {"w": w}, reg=0.25, update_every=100)
+    regularizer = Regularizer(groups, {"w": w}, reg=0.25, update_every=100)
     for step in (1, 2, 3):
         regularizer.apply()
         assert w.grad.eq(0.25 * step).all()
     assert int(regularizer.skipped) == 0
 
 
+@pytest.mark.usefixtures("accelerator")
 @pytest.mark.parametrize("update_every", [1, 100])
 def test_zero_on_the_device_leaves_the_element_out(update_every):
     groups, tensors = two_layers()
     with torch.no_grad():
         tensors["a"][1, 0] = 0
-    regularizer = asynchronous(groups, tensors, reg=0.1, nan_policy="zero", update_every=update_every)
+    regularizer = Regularizer(groups, tensors, reg=0.1, nan_policy="zero", update_every=update_every)
     regularizer.apply()
     added = naive_gradients(groups, tensors, 0.1)
     with torch.no_grad():
@@ -241,9 +239,10 @@ def test_zero_on_the_device_leaves_the_element_out(update_every):
         regularizer.check()
 
 
+@pytest.mark.usefixtures("accelerator")
 def test_raise_on_the_device_rests_until_asked():
     groups, tensors = two_layers()
-    regularizer = asynchronous(groups, tensors, nan_policy="raise")
+    regularizer = Regularizer(groups, tensors, nan_policy="raise")
     with torch.no_grad():
         tensors["b"][0, 0] = math.nan
     regularizer.apply()

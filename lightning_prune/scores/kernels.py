@@ -6,38 +6,44 @@ and every rank gets the same bits. Triton comes with PyTorch's CUDA builds; it i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-__all__ = ["Kernels", "compiled"]
-
-
-class Kernels(NamedTuple):
-    """What is launched; each kernel is compiled at its first launch."""
-
-    square_sums: Any
-    collect: Any
-    unit_sums: Any
-    press: Any
-    spread: Any
-    add_products: Any
-    find_non_finite: Any
+__all__ = ["compiled", "jitted"]
 
 
 @cache
-def compiled() -> Kernels:
-    """Give the kernels.
+def jitted() -> tuple[Any, ...]:
+    """Give the kernels as Triton takes them, in the order of ``Kernels``.
 
     Raises:
         ImportError: If there is no Triton.
     """
     jit = import_module("triton").jit
     globals()["tl"] = import_module("triton.language")  # where the kernels look for it
-    return Kernels(*map(jit, (square_sums, collect, unit_sums, press, spread, add_products, find_non_finite)))
+    return tuple(map(jit, (square_sums, collect, unit_sums, press, spread, add_products, find_non_finite)))
+
+
+@cache
+def compiled() -> tuple[Callable[..., None], ...]:
+    """Give the same to be called with the number of programs before the arguments.
+
+    Raises:
+        ImportError: If there is no Triton.
+    """
+    return tuple(map(_launched, jitted()))
+
+
+def _launched(kernel: Any) -> Callable[..., None]:
+    def launch(programs: int, *arguments: Any) -> None:
+        kernel[(programs,)](*arguments)
+
+    return launch
 
 
 def square_sums(

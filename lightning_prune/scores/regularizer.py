@@ -23,9 +23,10 @@ from torch import Tensor
 
 from lightning_prune.errors import CheckpointMismatchError, OptionError, PruneError, StaleGraphError
 from lightning_prune.graph.groups import Group
+from lightning_prune.scores.backends import Backend, backend_for
 from lightning_prune.scores.gammas import Gammas
 from lightning_prune.scores.inspecting import Inspector
-from lightning_prune.scores.launching import KernelGammas, KernelWalk, usable
+from lightning_prune.scores.launching import KernelGammas, KernelWalk
 from lightning_prune.scores.layout import plan_blocks
 from lightning_prune.scores.members import (
     answers_at_once,
@@ -65,7 +66,8 @@ class Regularizer:
             until ``check`` warns or raises. Nothing non-finite is written under any policy.
         update_every: Scores and gammas are computed anew every so many calls of ``apply``.
         fused: Whether kernels that Triton compiles (on a GPU) or loops that Numba compiles (on a CPU) do in
-            one pass what PyTorch does in several; the last digits differ. None: on a GPU if they compile.
+            one pass what PyTorch does in several; the last digits differ. None: where they are installed
+            and compile.
 
     Raises:
         OptionError: If an option is out of range.
@@ -105,7 +107,7 @@ class Regularizer:
         self._parameters = dict(tensors)
         self._members = [scored_members(g, tensors, include_bias=include_bias) for g in self._groups]
         self._warned = False
-        self._inspector = Inspector(fused=False)
+        self._inspector = Inspector(fused=self._fused)
         # Calls of apply since the last refresh; None before the first one.
         self._age: int | None = None
         self._build()
@@ -231,7 +233,6 @@ class Regularizer:
         members = [m for group in self._members for m in group]
         self._blocks = plan_blocks(seen, ((m.tensor, m.dim, m.rows) for m in members))
         self._tensors = [self._parameters[b.tensor] for b in self._blocks]
-        self._signature = facts_of(self._tensors)
         first = seen[self._blocks[0].tensor] if self._blocks else torch.empty(0)
         wide = any(seen[b.tensor].dtype == torch.float64 for b in self._blocks)
         devices = dict.fromkeys(t.device for t in self._tensors)
@@ -245,25 +246,33 @@ class Regularizer:
         self._immediate = answers_at_once(self._device)
         self._age = None
         positions = Positions.of(self._blocks, self._groups, self._members, self._device)
-        self._launches = bool(self._blocks) and usable(self._device, fused=self._fused)
-        kind = KernelGammas if self._launches else Gammas
-        self._gammas = kind(positions, self._groups, reg=self.reg, alpha=self.alpha, dtype=self._dtype)
-        self._walk: Walk | KernelWalk = (
-            KernelWalk(self._blocks, self._parameters, self._dtype)
-            if self._launches
-            else Walk(self._blocks, self._parameters, self._dtype, fused=self._fused is True)
-        )
+        self._backend = backend_for(self._device, fused=self._fused) if self._blocks else None
+        self._gammas, self._walk = self._tools(positions, self._backend)
+        self._signature = facts_of(self._tensors), self._is_alive()
+
+    def _tools(self, positions: Positions, backend: Backend | None) -> tuple[Gammas, Walk | KernelWalk]:
+        """Make what computes gammas and what walks the weights."""
+        how: dict[str, Any] = {"reg": self.reg, "alpha": self.alpha, "dtype": self._dtype}
+        if backend is None:
+            walk = Walk(self._blocks, self._parameters, self._dtype)
+            return Gammas(positions, self._groups, **how), walk
+        gammas = KernelGammas(positions, self._groups, backend=backend, **how)
+        return gammas, KernelWalk(self._blocks, self._parameters, self._dtype, backend)
+
+    def _is_alive(self) -> bool:
+        """Whether what walks the weights runs in this process, which may be a fork of the one it began in."""
+        return self._backend is None or self._backend.alive()
 
     def _follow(self) -> None:
-        """Rebuild after a change of device, type or memory format.
+        """Rebuild after a change of device, type or memory format, or in a fork.
 
         Raises:
             StaleGraphError: If a shape changed: the groups then describe another model.
         """
-        now = facts_of(self._tensors)
+        now = facts_of(self._tensors), self._is_alive()
         if now == self._signature:
             return
-        for block, shape, before in zip(self._blocks, now[0], self._signature[0], strict=True):
+        for block, shape, before in zip(self._blocks, now[0][0], self._signature[0][0], strict=True):
             if shape != before:
                 raise StaleGraphError(
                     f"the regulariser was built for {block.tensor!r} of shape {list(before)}, it has "
@@ -291,16 +300,13 @@ class Regularizer:
         """Look for weights that stopped being finite since the gammas were computed."""
         if not self._blocks:
             return
-        if self._launches and not self._immediate:  # sums take no more than any other look at all weights
+        if (
+            self._backend is not None and not self._immediate
+        ):  # sums take no more than any other look at all weights
             raw = self._walk.sums(clean=False)
             self._gammas.refresh(self._cleaned(raw), raw, keep=True)
             return
-        if self._immediate:
-            # A plain sum is the cheapest pass that NaN and infinity survive.
-            found = [real(t.detach()).sum(dtype=self._dtype) for t in self._tensors]
-            sick = ~torch.stack(found).isfinite()
-        else:
-            sick = self._inspector.look([t.detach() for t in self._tensors])[0].bool()
+        sick = self._inspector.look([t.detach() for t in self._tensors])[0].bool()
         self._gammas.dirty = sick.any()
         if self.nan_policy == "zero":
             self._gammas.note()

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_prune.scores import fused as native
 from lightning_prune.scores.layout import Block
 from lightning_prune.scores.members import answers_at_once, real
 
@@ -21,25 +20,20 @@ CHUNK_DEVICE = 1 << 23
 
 
 class Walk:
-    """Walks block after block by PyTorch's operations, or by native loops where asked for and they serve.
+    """Walks block after block by PyTorch's operations.
 
     Args:
         blocks: As ``plan_blocks`` places them, vectors first; at least one.
         parameters: By name; those that the blocks name lie on one device.
         dtype: Precision of sums and factors.
-        fused: Whether to use native loops on a CPU.
     """
 
-    def __init__(
-        self, blocks: Sequence[Block], parameters: Mapping[str, Tensor], dtype: torch.dtype, *, fused: bool
-    ) -> None:
-        self._parameters, self._dtype, self._fused = parameters, dtype, fused
+    def __init__(self, blocks: Sequence[Block], parameters: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        self._parameters, self._dtype = parameters, dtype
         n = sum(b.is_vector for b in blocks)
         self._vectors, self._blocks = blocks[:n], blocks[n:]
         device = parameters[blocks[0].tensor].device if blocks else torch.device("cpu")
         self._device = device
-        if fused and device.type == "cpu":
-            native.require()
         limit = CHUNK_CPU if answers_at_once(device) else CHUNK_DEVICE
         self._steps = [b.step(limit) for b in self._blocks]
         sizes = (s * math.prod(b.view[1:]) for s, b in zip(self._steps, self._blocks, strict=True))
@@ -57,11 +51,7 @@ class Walk:
             parts.append(joined.to(self._dtype).square())
         scratch = self._make_scratch()
         for block, step in zip(self._blocks, self._steps, strict=True):
-            view = self._look(block, clean=clean)
-            if self._fused and native.serves(block, view, scratch):
-                parts += native.sums(block, view)
-            else:
-                parts += block.sums(view, scratch, step)
+            parts += block.sums(self._look(block, clean=clean), scratch, step)
         return torch.cat(parts)
 
     def add(self, flat: Tensor, *, clean: bool) -> None:
@@ -86,10 +76,7 @@ class Walk:
                 targets.append(grad)
                 updates.append(torch.zeros_like(parameter))
                 into = block.look(real(updates[-1]))
-            if self._fused and not clean and native.serves(block, view, into, *factors):
-                native.add_scaled(block, into, view, factors)
-            else:
-                block.add_scaled(into, view, factors, scratch, step=step, clean=clean)
+            block.add_scaled(into, view, factors, scratch, step=step, clean=clean)
         if targets:
             torch._foreach_add_(targets, updates)
 

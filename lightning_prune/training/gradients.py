@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -15,8 +14,8 @@ from torch.optim import Optimizer
 
 from lightning_prune.errors import PruneError
 from lightning_prune.pruner import GroupNormPruner
-from lightning_prune.scores.inspecting import Inspector
-from lightning_prune.scores.members import answers_at_once, real
+from lightning_prune.scores.inspecting import Inspector, judge
+from lightning_prune.scores.members import answers_at_once
 
 __all__ = ["GradientWatch", "closes_accumulation", "hide_from", "loss_scale", "overflowed"]
 
@@ -69,26 +68,10 @@ def hide_from(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
             parameter.grad = grad
 
 
-def _non_finite(grads: Mapping[str, Tensor]) -> list[str]:
-    """Name the gradients with a NaN or an infinity. Waits for the device."""
-    if not grads or _seems_finite(list(grads.values())):
-        return []
-    # Sums and norms overflow before their elements do, so only these are the judges.
-    return [name for name, grad in grads.items() if not torch.isfinite(grad).all()]
-
-
-def _seems_finite(grads: Sequence[Tensor]) -> bool:
-    """Say whether everything is finite and adds up to something finite, by the fewest passes."""
-    if not all(answers_at_once(g.device) for g in grads):
-        return bool(torch.isfinite(torch.nn.utils.get_total_norm(grads)))
-    # On a CPU a plain sum takes a third of the time of a norm, and NaN and infinity survive it, too.
-    sums = [real(g.resolve_conj()).sum(dtype=torch.float32) for g in grads]
-    return bool(torch.stack(sums).isfinite().all())
-
-
 def overflowed(trainer: Trainer, model: nn.Module) -> bool:
     """Say whether the GradScaler will skip this step; without one ``GradientWatch`` has seen to it."""
-    return _is_scaled(trainer) and bool(_non_finite(_dense_grads(dict(model.named_parameters()))))
+    grads = _dense_grads(dict(model.named_parameters())) if _is_scaled(trainer) else {}
+    return bool(grads) and bool(judge(list(grads.values()))[1])
 
 
 def _dense_grads(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -105,7 +88,7 @@ class GradientWatch:
 
     Args:
         policy: ``raise`` an error, ``skip`` the penalty of that step, or set such elements to ``zero``.
-        fused: Whether kernels of our own may look, where there is a GPU.
+        fused: Whether kernels of our own may look.
 
     Attributes:
         count: Steps with a gradient that was not finite, as of the last ``check``.
@@ -134,9 +117,10 @@ class GradientWatch:
             return 1.0
         if not answers_at_once(next(iter(grads.values())).device):
             return self._on_device(grads)
-        wrong = _non_finite(grads)
-        if not wrong:
+        flags, is_wrong = self._inspector.look(list(grads.values()))
+        if not is_wrong:
             return 1.0
+        wrong = [name for name, flag in zip(grads, flags.tolist(), strict=True) if flag]
         self._tell(wrong[0], 1, f"at step {trainer.global_step}")
         if self._policy != "zero":
             return 0.0
