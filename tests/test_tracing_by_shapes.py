@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_prune import GroupNormPruner
 from lightning_prune.graph.grouping import build_graph
+from lightning_prune.surgery.numbers import Length
 from lightning_prune.tracing.borrowing import Memory, ways_to_trace
 from lightning_prune.tracing.meta import FORMS, Shapes, run_without_floats
 from lightning_prune.tracing.trace import trace
@@ -189,6 +190,53 @@ def test_a_result_has_memory_of_its_own() -> None:
     one, other = shapes(ATEN.relu.default, (x,), {}), shapes(ATEN.relu.default, (x,), {})
     assert one is not other is not x
     assert one.untyped_storage()._cdata != other.untyped_storage()._cdata
+
+
+def test_what_writes_into_the_first_of_several_tensors_gives_it_back() -> None:
+    shapes = Shapes()
+    for x in (shape(3, 4), shape(3, 4)):  # found, then known
+        assert shapes(ATEN.add_.Tensor, (x, shape(4)), {}) is x
+        assert x.shape == (3, 4)
+    with pytest.raises(RuntimeError):
+        shapes(ATEN.add_.Tensor, (shape(3, 4), shape(5)), {})
+
+
+def test_a_function_is_run_once_for_every_form_of_its_arguments() -> None:
+    shapes, runs = Shapes(), []
+
+    def linear(*args: Any, **kwargs: Any) -> Tensor:
+        runs.append(args)
+        return nn.functional.linear(*args, **kwargs)
+
+    first, again, wider, bare = (
+        shapes.whole(linear, (shape(2, 3), shape(n, 3)), {"bias": bias})
+        for n, bias in ((4, shape(4)), (4, shape(4)), (5, shape(5)), (4, None))
+    )
+    assert len(runs) == 3
+    assert [tuple(t.shape) for t in (first, again, wider, bare)] == [(2, 4), (2, 4), (2, 5), (2, 4)]
+    assert first.untyped_storage()._cdata != again.untyped_storage()._cdata
+
+
+def test_sizes_count_as_the_numbers_that_they_are() -> None:
+    shapes, norm = Shapes(), nn.functional.layer_norm
+    for size in (3, Length(3)):
+        assert shapes.whole(norm, (shape(2, 3), (size,)), {}).shape == (2, 3)
+    with pytest.raises(RuntimeError):
+        shapes.whole(norm, (shape(2, 3), (Length(2),)), {})
+
+
+def test_a_result_that_looks_at_an_argument_is_not_known() -> None:
+    shapes = Shapes()
+    for x in (shape(2, 3), shape(2, 3)):
+        assert shapes.whole(torch.t, (x,), {}).untyped_storage()._cdata == x.untyped_storage()._cdata
+
+
+def test_a_function_of_values_is_run_every_time() -> None:
+    shapes = Shapes()
+    assert [shapes.whole(torch.relu, (torch.full((2,), v),), {}).tolist() for v in (1.0, 2.0)] == [
+        [1, 1],
+        [2, 2],
+    ]
 
 
 def test_what_writes_into_one_tensor_gives_it_back() -> None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import TraceError
-from lightning_prune.tracing.meta import shape_of, written_by
+from lightning_prune.tracing.meta import shape_of
+from lightning_prune.tracing.operations import operation
 
 __all__ = ["Borrowed", "Memory", "SharedWriteError", "copy_for_tracing", "ways_to_trace"]
 
@@ -73,8 +74,8 @@ class Borrowed:
         Raises:
             SharedWriteError: If it does.
         """
-        written = written_by(func)
-        if written and self._storages:
+        if self._storages:
+            written = operation(func).written
             self._refuse(args[i] if i < len(args) else kwargs.get(name) for i, name in written)
 
     def _refuse(self, values: Iterable[Any]) -> None:
@@ -129,7 +130,8 @@ def copy_for_tracing(model: nn.Module, memory: Memory) -> nn.Module:
 def _lend(model: nn.Module, memory: Memory, memo: dict[Any, Any]) -> None:
     """Put parameters where deepcopy looks for what is copied already."""
     for module in model.modules():
-        for value in (*vars(module).values(), *module._parameters.values()):
+        held = (*vars(module).values(), *module._parameters.values())
+        for value in [value for value in held if type(value) is nn.Parameter]:
             if _can_be_lent(value):
                 data = value.data if memory is Memory.SHARED else shape_of(value)
                 memo[id(value)] = nn.Parameter(data, value.requires_grad)
@@ -145,14 +147,14 @@ def _copied(module: nn.Module, memo: dict[Any, Any]) -> nn.Module:
         return copy.deepcopy(module, memo)
     twin: nn.Module = kind.__new__(kind)
     memo[id(module)] = twin
-    state = {key: _value(value, memo) for key, value in kind.__getstate__(module).items()}
-    kind.__setstate__(twin, state)
+    state = kind.__getstate__(module)
+    kind.__setstate__(twin, {key: v if type(v) in _ATOMS else _value(v, memo) for key, v in state.items()})
     return twin
 
 
 def _value(value: Any, memo: dict[Any, Any]) -> Any:
     kind = type(value)
-    if kind in _ATOMS or (kind is tuple and all(type(item) in _ATOMS for item in value)):
+    if kind in _ATOMS or (kind is tuple and _ATOMS.issuperset(map(type, value))):
         return value
     if isinstance(value, nn.Module):
         return _copied(value, memo)
@@ -163,6 +165,9 @@ def _value(value: Any, memo: dict[Any, Any]) -> Any:
         for key, item in value.items():
             table[_value(key, memo)] = _value(item, memo)
         return table
+    if kind in (list, set) and id(value) not in memo and _ATOMS.issuperset(map(type, value)):
+        memo[id(value)] = kind(value)
+        return memo[id(value)]
     return copy.deepcopy(value, memo)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,7 @@ def convolve(
         _bias(t, bias, out, channel)
     dims, lengths = t.tags(out).dims, x.shape if transposed else out.shape
     positions = [(dims[d], d, int(lengths[d])) for d in range(channel + 1, out.ndim)]
-    window = int(np.prod(weight.shape[2:])) * int(np.prod(x.shape[:channel]))
+    window = math.prod(weight.shape[2:]) * math.prod(x.shape[:channel])
     columns = w_tags.dims[1] if ragged is None else ragged
     t.count_work(
         window, [(w_tags.dims[0], 0, int(weight.shape[0])), (columns, 1, int(weight.shape[1])), *positions]
@@ -95,7 +96,7 @@ def _label_convolved(t: Tracer, x: Tags, out: Tensor, known: dict[int, tuple[Lab
 def _passing(x: Tensor, weight: Tensor, stride: Any, out: Tensor) -> list[int]:
     """Dimensions along which every position is mapped by itself: kernel and stride 1, nothing padded."""
     spatial = weight.ndim - 2
-    steps = [int(s) for s in stride] if isinstance(stride, (tuple, list)) else [int(stride)]
+    steps = [int.__int__(s) for s in (stride if isinstance(stride, (tuple, list)) else (stride,))]
     steps = steps * spatial if len(steps) == 1 else steps
     first = x.ndim - spatial
     return [

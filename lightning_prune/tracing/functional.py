@@ -25,8 +25,7 @@ Run = Callable[..., Any]
 @function_rule(F.linear)
 def linear(t: Tracer, func: Run, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """[..., i] @ [o, i].T + [o]."""
-    with t.silently():
-        out: Tensor = func(input, weight, bias)
+    out: Tensor = t.quietly(func, input, weight, bias)
     batch = "abcdefgh"[: input.ndim - 1]
     if weight.ndim == 1:
         contract(t, input, batch + "i", weight, "i", out, batch)
@@ -40,8 +39,7 @@ def linear(t: Tracer, func: Run, input: Tensor, weight: Tensor, bias: Tensor | N
 @function_rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm, Tensor.mm)
 def matmul(t: Tracer, func: Run, input: Tensor, other: Tensor, **kwargs: Any) -> Tensor:
     """Batched matrix product with broadcast batch dimensions."""
-    with t.silently():
-        out: Tensor = func(input, other, **kwargs)
+    out: Tensor = t.quietly(func, input, other, **kwargs)
     batch = "abcdefgh"
     width = max(input.ndim, other.ndim) - 2
     left = batch[max(0, width - (input.ndim - 2)) : width] + ("nk" if input.ndim > 1 else "k")
@@ -63,8 +61,7 @@ def einsum(t: Tracer, func: Run, *args: Any) -> Tensor:
     equation, operands = args[0], list(args[1:])
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
-    with t.silently():
-        out: Tensor = func(*args)
+    out: Tensor = t.quietly(func, *args)
     spec = _spelled(equation, operands, out) if isinstance(equation, str) else None
     if spec is None or len(operands) < 2 or any(len(set(s)) != len(s) for s in spec):
         unknown(t, [x for x in operands if isinstance(x, Tensor)])
@@ -121,8 +118,7 @@ def _convolution(transposed: bool) -> Callable[..., Tensor]:
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        with t.silently():
-            out: Tensor = func(input, weight, bias, *args, **kwargs)
+        out: Tensor = t.quietly(func, input, weight, bias, *args, **kwargs)
         groups = kwargs.get("groups", args[3] if len(args) > 3 else 1)  # fourth behind bias in both
         stride = kwargs.get("stride", args[0] if args else 1)
         rows = convolve(t, input, weight, bias, stride, int.__int__(groups), transposed, out)
@@ -157,10 +153,8 @@ def attention(
     if enable_gqa and key.ndim > 2 and key.shape[-3] != query.shape[-3]:
         times = query.shape[-3] // key.shape[-3]
         key, value = repeat_interleave(t, None, key, times, -3), repeat_interleave(t, None, value, times, -3)
-    with t.silently():
-        out: Tensor = F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=factor
-        )
+    attend = F.scaled_dot_product_attention
+    out: Tensor = t.quietly(attend, query, key, value, attn_mask, dropout_p, is_causal, scale=factor)
     _follow_attention(t, query, key, value, attn_mask, out)
     return out
 
@@ -255,8 +249,7 @@ def normalise_last(
 ) -> Tensor:
     """Layer norm and RMS norm: the written shape is checked."""
     bias = kwargs.get("bias", args[0] if args and isinstance(args[0], Tensor) else None)
-    with t.silently():
-        out: Tensor = func(input, normalized_shape, weight, *args, **kwargs)
+    out: Tensor = t.quietly(func, input, normalized_shape, weight, *args, **kwargs)
     written = list(normalized_shape)
     dims = t.tags(input).dims
     for value, d in zip(reversed(written), reversed(range(input.ndim)), strict=False):
@@ -277,8 +270,7 @@ def normalise_groups(
     **kwargs: Any,
 ) -> Tensor:
     """Group norm: the number of groups stays."""
-    with t.silently():
-        out: Tensor = func(input, num_groups, weight, bias, *args, **kwargs)
+    out: Tensor = t.quietly(func, input, num_groups, weight, bias, *args, **kwargs)
     t.pin(num_groups, "a number of groups must not change")
     group_norm(t, {"input": input, "num_groups": num_groups, "weight": weight, "bias": bias}, out)
     return out
@@ -316,8 +308,7 @@ def normalise_instances(
 @function_rule(torch.prelu)
 def prelu(t: Tracer, func: Run, input: Tensor, weight: Tensor) -> Tensor:
     """A slope per channel."""
-    with t.silently():
-        out: Tensor = func(input, weight)
+    out: Tensor = t.quietly(func, input, weight)
     tags = t.tags(input)
     if weight.numel() > 1:
         label, slope = tags.dims[1], t.tags(weight).dims[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.surgery.numbers import computes, name_of
 from lightning_prune.tracing.integers import Size
-from lightning_prune.tracing.meta import Shapes
-from lightning_prune.tracing.numbers import are_pieces, gives_data, is_read
+from lightning_prune.tracing.numbers import are_pieces, is_read
+from lightning_prune.tracing.operations import operation
 from lightning_prune.tracing.tracer import Tracer
 
 _TENSOR = vars(torch._C.TensorBase)
@@ -83,11 +82,6 @@ class Functions(TorchFunctionMode):
                     self.tracer.pin(item, "an argument that is not a size must not change")
 
 
-@lru_cache(maxsize=4096)
-def _name(func: Any) -> str:
-    return str(func._schema.name.removeprefix("aten::"))
-
-
 def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return func(*args, **kwargs)
 
@@ -99,7 +93,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.tracer = tracer
         self.follow = follow
-        self.run = Shapes() if tracer.has_no_floats else _run
+        self.run = tracer.shapes or _run
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -108,9 +102,10 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.tracer.borrowed.watch_operation(func, args, kwargs)
         out = self.run(func, args, kwargs)
         if not self.tracer.paused:
-            self.tracer.begin(_name(func))
+            facts = operation(func)
+            self.tracer.begin(facts.name)
             self.follow(self.tracer, func, args, kwargs, out)
-            if gives_data(func):
+            if facts.gives_data:
                 self._note_lengths(out)
         return out
 

@@ -7,9 +7,13 @@ by that axis: each of its positions has its own row of atoms). ``None`` stands f
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from functools import lru_cache
+from operator import itemgetter
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +25,7 @@ Dims: TypeAlias = tuple[Label | None, ...]
 FROZEN = 0
 
 
-@dataclass(frozen=True)
-class Site:
+class Site(NamedTuple):
     """Where something happened: operation, module path, source line."""
 
     op: str
@@ -34,8 +37,7 @@ class Site:
         return f"{self.op}{where} ({self.line})" if self.line else f"{self.op}{where}"
 
 
-@dataclass(frozen=True)
-class Tags:
+class Tags(NamedTuple):
     """What the trace knows of one tensor.
 
     Args:
@@ -51,9 +53,13 @@ class Tags:
     @property
     def is_opaque(self) -> bool:
         """True if no dimension is labelled and no statistic is carried."""
-        return not self.statistics and all(d is None for d in self.dims)
+        for label in self.dims:  # asked for every argument of every operation
+            if label is not None:
+                return False
+        return not self.statistics
 
 
+@lru_cache(maxsize=64)
 def opaque(rank: int) -> Tags:
     """Tags of a tensor about whose dimensions nothing may be removed."""
     return Tags((None,) * rank, (False,) * rank)
@@ -144,12 +150,11 @@ class Ledger:
 
     def why(self, site: Site, text: str) -> int:
         """Store a reason once and give its number."""
-        key = (site, text)
-        if key not in self._reason_of:
-            self._reason_of[key] = len(self.reasons)
+        number = self._reason_of.setdefault((site, text), len(self.reasons))
+        if number == len(self.reasons):
             self.reasons.append((len(self.sites), text))
             self.sites.append(site)
-        return self._reason_of[key]
+        return number
 
     def explain(self, why: int) -> str:
         """One line for a reason."""
@@ -158,7 +163,7 @@ class Ledger:
 
     def new(self, shape: Sequence[int]) -> Ints:
         """Make atoms."""
-        n = int(np.prod(shape))
+        n = math.prod(shape)
         atoms = np.arange(self.count, self.count + n, dtype=np.int64).reshape(shape)
         self.count += n
         return atoms
@@ -226,7 +231,9 @@ class Ledger:
         """Row atom that each row of cells was split off with; frozen where there is none."""
         first = rows.max(axis=1)
         owners = np.zeros(len(rows), np.int64)
-        for start, row_of in self._rows:
+        begin = bisect_right(self._rows, int(first.min(initial=self.count)), key=itemgetter(0)) - 1
+        end = bisect_right(self._rows, int(first.max(initial=0)), key=itemgetter(0))
+        for start, row_of in self._rows[max(begin, 0) : end]:  # in order of the atoms, which were made so
             mine = (first >= start) & (first < start + len(row_of))
             owners[mine] = row_of[first[mine] - start]
         return owners

@@ -6,15 +6,16 @@ those of weights. So a network whose weights lie on the meta device is traced wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.errors import TraceError
+from lightning_prune.tracing.operations import LIKE, operation
 
 __all__ = ["ADVICE", "floats_on_meta", "run_without_floats", "without_floats"]
 
@@ -28,10 +29,9 @@ _META, _REAL = torch.device("meta"), torch.device("cpu")
 _LOOKUPS = frozenset(
     ("index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_", "embedding", "index_select")
 )
-# The values of these do not come from the tensor they are like.
-_LIKE = frozenset(("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"))
 # What weights are made by. Ranges and numbers written in the code are small, and are looked at.
-_PLAIN = (int, float, bool, str, torch.dtype, torch.layout, torch.memory_format)
+_PLAIN = frozenset((int, float, bool, str, NoneType, torch.dtype, torch.layout, torch.memory_format))
+_TENSORS = frozenset((Tensor, nn.Parameter))
 _BULK = frozenset(("empty", "empty_strided", "zeros", "ones", "full", "rand", "randn", "normal"))
 
 
@@ -56,7 +56,7 @@ class floats_on_meta(TorchDispatchMode):  # type: ignore[no-untyped-call]  # noq
         tensors = _tensors((*args, *kwargs.values()))
         if any(t.is_meta for t in tensors):
             return run_without_floats(func, args, kwargs)
-        if not tensors and _name(func) in _BULK:
+        if not tensors and operation(func).name in _BULK:
             out = func(*args, **{**kwargs, "device": _META})
             if out.is_floating_point() or out.is_complex():
                 return out
@@ -69,15 +69,15 @@ def run_without_floats(func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     Raises:
         TraceError: If it writes numbers without values into a tensor that has some.
     """
-    tensors = _tensors((*args, *kwargs.values()))
-    if any(t.is_meta for t in tensors):
-        is_lookup = _name(func) in _LOOKUPS
-        if not all(t.is_meta for t in tensors):
+    lie_on_meta = [t.is_meta for t in _tensors((*args, *kwargs.values()))]
+    if any(lie_on_meta):
+        name = operation(func).name
+        is_lookup = name in _LOOKUPS
+        if not all(lie_on_meta):
             _refuse_writing(func, args, kwargs)
-        out = func(
-            *(_shaped(a, is_lookup) for a in args), **{k: _shaped(v, is_lookup) for k, v in kwargs.items()}
-        )
-        return func(*args, **{**kwargs, "device": _REAL}) if _name(func) in _LIKE and _is_whole(out) else out
+        shaped = [_shaped(value, is_lookup) for value in args]
+        out = func(*shaped, **{key: _shaped(value, is_lookup) for key, value in kwargs.items()})
+        return func(*args, **{**kwargs, "device": _REAL}) if name in LIKE and _is_whole(out) else out
     device = kwargs.get("device")
     out = func(*args, **kwargs)
     if device is not None and torch.device(device) == _META and _is_whole(out):
@@ -97,23 +97,50 @@ class Shapes:
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run one operation."""
-        if _only_writes(func) and args[0].is_meta:
+        facts = operation(func)
+        if facts.changes_numbers and facts.is_alone and args[0].is_meta:
             return args[0]
         inputs = (*args, *kwargs.values())
-        key = _key(inputs) if _makes_tensors(func) else None
+        key = _key(inputs) if facts.makes_tensors or facts.changes_numbers else None
         if key is None:
             return run_without_floats(func, args, kwargs)
         key = (func, *kwargs, *key)
         known = self._known.get(key)
-        if known is None:
-            if not any(t.is_meta for t in _tensors(inputs)):  # it has values, and is not to be known
-                return run_without_floats(func, args, kwargs)
-            form = FORMS.get(_name(func))
-            out = run_without_floats(func, args, kwargs) if form is None else form(args, kwargs)
+        if known is not None:
+            return _made(known) if known else args[0]
+        if not any(t.is_meta for t in _tensors(inputs)):  # it has values, and is not to be known
+            return run_without_floats(func, args, kwargs)
+        form = FORMS.get(facts.name)
+        out = run_without_floats(func, args, kwargs) if form is None else form(args, kwargs)
+        if facts.changes_numbers:
+            self._known[key] = ()  # no form of its own
+        else:
             self._known[key] = tuple(map(_form, (out,) if isinstance(out, Tensor) else out))
-            return out
-        made = tuple([torch.empty_strided(*sizes, dtype=dtype, device=_META) for *sizes, dtype in known])
-        return made if len(made) > 1 else made[0]
+        return out
+
+    def whole(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run a function as Python calls it, which gives one tensor and writes into none."""
+        inputs = (*args, *kwargs.values())
+        key = _key(inputs)
+        if key is None:
+            return func(*args, **kwargs)
+        key = (func, *kwargs, *key)
+        known = self._known.get(key)
+        if known is not None:
+            return _made(known)
+        out = func(*args, **kwargs)
+        if out.is_meta and _memory(out) not in map(_memory, _tensors(inputs)):
+            self._known[key] = (_form(out),)
+        return out
+
+
+def _memory(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _made(forms: tuple[Any, ...]) -> Any:
+    made = [torch.empty_strided(*sizes, dtype=dtype, device=_META) for *sizes, dtype in forms]
+    return tuple(made) if len(made) > 1 else made[0]
 
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:
@@ -131,43 +158,28 @@ def _batch_norm(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tenso
 FORMS = {"native_batch_norm": _batch_norm}
 
 
-def _key(values: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def _key(values: Sequence[Any]) -> tuple[Any, ...] | None:
     """All that a result can depend on; None if it could be something else."""
     key: list[Any] = []
     for value in values:
-        if isinstance(value, Tensor):
-            if value.ndim == 0 and not value.is_meta:
+        kind = type(value)
+        if kind in _TENSORS:
+            is_meta = value.is_meta
+            if not is_meta and value.ndim == 0:
                 return None
-            key.append((value.is_meta, *_form(value)))
-        elif type(value) in (list, tuple):
-            inner = _key(tuple(value))
+            key.append((is_meta, value.shape, value.stride(), value.dtype))
+        elif kind in _PLAIN:
+            key.append((kind, value))
+        elif kind in (list, tuple):
+            inner = _key(value)
             if inner is None:
                 return None
             key.append(inner)
-        elif value is None or type(value) in _PLAIN:
-            key.append((type(value), value))
+        elif isinstance(value, int):  # that remembers where it came from
+            key.append((int, int.__int__(value)))
         else:
             return None
     return tuple(key)
-
-
-@lru_cache(maxsize=4096)
-def _only_writes(func: Any) -> bool:
-    """Whether an operation on one tensor writes numbers into it, and leaves its shape alone."""
-    kinds, name = [str(a.type) for a in func._schema.arguments], _name(func)
-    is_alone = kinds[:1] == ["Tensor"] and not any("Tensor" in kind for kind in kinds[1:])
-    keeps_its_shape = torch.Tag.inplace_view not in func.tags and not name.startswith("_")
-    return is_alone and keeps_its_shape and name.endswith("_") and [i for i, _ in written_by(func)] == [0]
-
-
-@lru_cache(maxsize=4096)
-def _makes_tensors(func: Any) -> bool:
-    """Whether an operation gives tensors with memory of their own, of shapes that follow from shapes."""
-    returns = func._schema.returns
-    is_free = all(a.alias_info is None for a in (*func._schema.arguments, *returns))
-    gives_tensors = bool(returns) and all(str(r.type) == "Tensor" for r in returns)
-    follows = torch.Tag.dynamic_output_shape not in func.tags and _name(func) not in _LIKE
-    return is_free and gives_tensors and follows
 
 
 def shape_of(tensor: Tensor) -> Tensor:
@@ -189,6 +201,8 @@ def without_floats(value: Any) -> Any:
 
 
 def _shaped(value: Any, is_lookup: bool) -> Any:
+    if type(value) in _PLAIN:
+        return value
     if isinstance(value, Tensor):
         if value.is_meta or (is_lookup and _is_whole(value)):
             return value
@@ -198,19 +212,12 @@ def _shaped(value: Any, is_lookup: bool) -> Any:
     return _META if isinstance(value, torch.device) else value
 
 
-@lru_cache(maxsize=4096)
-def written_by(func: Any) -> tuple[tuple[int, str], ...]:
-    """Number and name of every argument that an operation writes into."""
-    arguments = enumerate(func._schema.arguments)
-    return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
-
-
 def _refuse_writing(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    for i, name in written_by(func):
+    for i, name in operation(func).written:
         target = args[i] if i < len(args) else kwargs.get(name)
         if isinstance(target, Tensor) and not target.is_meta:
             raise TraceError(
-                f"{_name(func)} was to write numbers without values into a tensor of shape "
+                f"{operation(func).name} was to write numbers without values into a tensor of shape "
                 f"{list(target.shape)} and type {target.dtype} that has values. {ADVICE}"
             )
 
@@ -227,8 +234,3 @@ def _tensors(values: Any) -> list[Tensor]:
         elif isinstance(value, (list, tuple)):
             found += _tensors(value)
     return found
-
-
-@lru_cache(maxsize=4096)
-def _name(func: Any) -> str:
-    return str(func._schema.name.removeprefix("aten::"))

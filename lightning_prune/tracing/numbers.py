@@ -11,10 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from lightning_prune.surgery.numbers import Length, call_of, computes, is_number, name_of, replaced, same
@@ -252,12 +250,6 @@ def _alike(a: Visit, b: Visit) -> bool:
         and all(same(p, q) for p, q in zip(x.leaves, y.leaves, strict=True))
         for x, y in zip(a.calls, b.calls, strict=True)
     )
-
-
-@lru_cache(maxsize=4096)
-def gives_data(function: Any) -> bool:
-    """Whether what a primitive operation gives has a shape that hangs on values."""
-    return torch.Tag.dynamic_output_shape in function.tags
 
 
 def is_read(value: Any) -> bool:

@@ -37,21 +37,24 @@ def track_attributes(tracer: Tracer, model: nn.Module) -> None:
     for name, module in model.named_modules():
         tracer.module_types[name] = type(module).__name__
         _track(tracer, vars(module), name, "")
-        for key, value in vars(module).items():
-            is_config = key.endswith("config") and hasattr(value, "__dict__") and id(value) not in seen
+        for key, value in [(key, value) for key, value in vars(module).items() if key.endswith("config")]:
+            is_config = hasattr(value, "__dict__") and id(value) not in seen
             if is_config and not isinstance(value, (nn.Module, type)):
                 seen.add(id(value))
                 _track(tracer, vars(value), name, f"{key}.")
 
 
+_MAY_HOLD = frozenset((int, tuple, list))
+
+
 def _track(tracer: Tracer, table: dict[str, Any], module: str, prefix: str) -> None:
-    for key, value in list(table.items()):
+    for key, value in [(key, value) for key, value in table.items() if type(value) in _MAY_HOLD]:
         if key.startswith("_") and not prefix:
             continue
         path = f"{prefix}{key}"
         if type(value) is int:
             table[key] = tracked(tracer, module, path, value)
-        elif type(value) in (tuple, list) and any(type(v) is int for v in value):
+        elif int in map(type, value):
             items = [
                 tracked(tracer, module, f"{path}[{i}]", v) if type(v) is int else v
                 for i, v in enumerate(value)

@@ -20,6 +20,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_prune.tracing.operations import operation
 from lightning_prune.tracing.tracer import Tracer, Unknown
 
 Arguments: TypeAlias = Mapping[str, Any]
@@ -70,16 +71,9 @@ def tensors_in(values: Iterable[Any]) -> list[Tensor]:
 
 
 @lru_cache(maxsize=4096)
-def _schema(func: Any) -> tuple[tuple[str, Any], ...]:
-    return tuple(
-        (arg.name, arg.default_value if arg.has_default_value() else None) for arg in func._schema.arguments
-    )
-
-
-@lru_cache(maxsize=4096)
 def rule_for(func: Any) -> Rule | None:
     """Rule of an operation: by name, then by torch's own "pointwise" tag."""
-    name = func._schema.name.removeprefix("aten::")
+    name = operation(func).name
     base = name if name.startswith("__") else name.removesuffix("_")
     for candidate in (name, base, base.removesuffix("_copy")):
         if candidate in RULES:
@@ -100,9 +94,10 @@ def follow(t: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], 
     if found is None:
         unknown(t, inputs)
         return
-    names = _schema(func)
-    bound = dict(names)
-    bound.update(zip((name for name, _ in names), args, strict=False))
+    defaults = operation(func).defaults
+    bound = dict(defaults)
+    for (name, _), value in zip(defaults, args, strict=False):
+        bound[name] = value
     bound.update(kwargs)
     bound["func"] = func
     found(t, bound, out)

@@ -39,7 +39,7 @@ from lightning_prune.tracing.interceptors import Functions, Operations
 from lightning_prune.tracing.labels import Site
 from lightning_prune.tracing.layers import replace_layers
 from lightning_prune.tracing.meta import ADVICE as META_ADVICE
-from lightning_prune.tracing.meta import without_floats
+from lightning_prune.tracing.meta import Shapes, without_floats
 from lightning_prune.tracing.numbers import Numbers
 from lightning_prune.tracing.preparing import follow_modules, label_tensors, track_attributes
 from lightning_prune.tracing.rules import FUNCTIONS, follow
@@ -131,10 +131,10 @@ def _trace(
     twin = copy_for_tracing(model, tracer.borrowed.memory)
     if change is not None:
         change(twin)
-    tracer.has_no_floats = any(p.is_meta for p in twin.parameters())
+    tracer.shapes = Shapes() if any(p.is_meta for p in twin.parameters()) else None
     if tracer.borrowed.memory is Memory.SHAPES:
         tracer.stand_in = torch.empty(0, device=next(model.parameters()).device)
-    elif tracer.has_no_floats and forward_fn is None:
+    elif tracer.shapes is not None and forward_fn is None:
         example_inputs = without_floats(example_inputs)
     label_tensors(tracer, twin)
     replace_layers(tracer, twin, custom)
@@ -194,7 +194,7 @@ def _run(tracer: Tracer, twin: nn.Module, example_inputs: Any, forward_fn: Calla
         raise TraceError(
             f"The model was to be run once on the example inputs, but {tracer.modules[-1] or 'it'} failed in "
             f"{tracer.op or 'its forward'} with {type(error).__name__}: {error}. "
-            f"{META_ADVICE if tracer.has_no_floats else CALL_ADVICE}"
+            f"{CALL_ADVICE if tracer.shapes is None else META_ADVICE}"
         ) from error
 
 

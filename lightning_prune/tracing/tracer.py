@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from types import CodeType, FrameType
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_prune.tracing.borrowing import Borrowed
 from lightning_prune.tracing.integers import Condition, Equation, Expr, Recorder, Size, mentions
 from lightning_prune.tracing.labels import Ints, Label, Ledger, Site, Tags, opaque
+from lightning_prune.tracing.meta import Shapes
 from lightning_prune.tracing.numbers import Numbers
 
 TAGS = "_lightning_prune_tags"
@@ -25,8 +26,7 @@ _HERE = str(Path(__file__).parent.parent)
 _NETWORKS = str(Path(__file__).parent.parent / "models")  # those of the demo are models like any other
 
 
-@dataclasses.dataclass(frozen=True)
-class Attribute:
+class Attribute(NamedTuple):
     """A tracked integer attribute: owner module, path within it, value."""
 
     module: str
@@ -87,11 +87,10 @@ class Tracer:
         self.paused = 0
         self.op = ""
         self.borrowed = borrowed or Borrowed()
-        self.has_no_floats = False
+        self.shapes: Shapes | None = None  # runs what is to be run where floats have no values
         self.stand_in: Tensor | None = None  # asked in the place of floats without values where they are
         self.recorder = Recorder(self._on_value, self._on_equal, self._on_answer)
         self._site: Site | None = None
-        self._lines: dict[tuple[CodeType, int], str] = {}
 
     # -- tensors -----------------------------------------------------------------------------------
 
@@ -105,7 +104,7 @@ class Tracer:
             self.touched.add(name)
             self.whole.add(name)
         if self.dirty and any(found.zero) and tensor.untyped_storage()._cdata in self.dirty:
-            return dataclasses.replace(found, zero=(False,) * tensor.ndim)
+            return found._replace(zero=(False,) * tensor.ndim)
         return found
 
     def soil(self, tensor: Tensor) -> None:
@@ -207,14 +206,22 @@ class Tracer:
     def _line(self) -> str:
         frame: FrameType | None = sys._getframe(2)
         while frame is not None:
-            code = frame.f_code
-            if _is_of_a_network(code):
-                key = (code, frame.f_lasti)
-                if key not in self._lines:
-                    self._lines[key] = f"{Path(code.co_filename).name}:{frame.f_lineno}"
-                return self._lines[key]
+            name = _of_a_network(frame.f_code.co_filename)
+            if name is not None:
+                return f"{name}:{frame.f_lineno}"
             frame = frame.f_back
         return ""
+
+    def quietly(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a function that makes one tensor and writes into none, without following it.
+
+        The caller states the result's tags.
+        """
+        self.paused += 1
+        try:
+            return func(*args, **kwargs) if self.shapes is None else self.shapes.whole(func, args, kwargs)
+        finally:
+            self.paused -= 1
 
     @contextmanager
     def silently(self) -> Iterator[None]:
@@ -237,6 +244,7 @@ class Tracer:
 
 
 @lru_cache(maxsize=4096)
-def _is_of_a_network(code: CodeType) -> bool:
-    name = code.co_filename
-    return name.startswith(_NETWORKS) or not name.startswith((_TORCH, _HERE, "<"))
+def _of_a_network(path: str) -> str | None:
+    """Name of a file of source code; None if it is torch's or ours."""
+    is_ours = path.startswith((_TORCH, _HERE, "<")) and not path.startswith(_NETWORKS)
+    return None if is_ours else Path(path).name
