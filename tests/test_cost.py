@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +13,15 @@ from torch.backends import cuda, cudnn, mha, mkldnn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_prune import GroupNormPruner
+from lightning_prune.budgets.latency import CACHE
 from lightning_prune.errors import OptionError, TraceError
-from lightning_prune.measuring import latency
+from lightning_prune.measuring import clock, latency
 from lightning_prune.measuring.cost import Cost, measure_cost
 from lightning_prune.measuring.forwards import measured_forward
 from lightning_prune.measuring.latency import measure_latency, summarize_latency
 from lightning_prune.measuring.memory import peak_memory_bytes
+from lightning_prune.measuring.speedup import measure_layers
 
 
 class Attention(nn.Module):
@@ -381,7 +385,7 @@ class Clocked(nn.Module):
 def test_latency_takes_turns_and_reports_what_the_clock_said(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
     time = [0.0]
-    monkeypatch.setattr(latency, "_clock", lambda: time[0])
+    monkeypatch.setattr(latency, "clock_of", lambda *models: lambda: time[0])
     models = {
         name: Clocked(name, [seconds], log, time).train() for name, seconds in (("a", 0.25), ("b", 0.5))
     }
@@ -422,3 +426,38 @@ def test_latency_sets_the_threads_only_while_timing() -> None:
     measure_latency({"a": model}, sequence(1), rounds=3, min_run_time_s=1e-4, num_threads=before + 1)
     assert set(seen) == {before + 1}
     assert torch.get_num_threads() == before
+
+
+@pytest.fixture
+def gpu_beside(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """A machine with a GPU that nobody has used yet; gives the devices that are waited for."""
+    waited: list[object] = []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *args: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device=None: waited.append(device))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: pytest.fail("the GPU was initialised"))
+    return waited
+
+
+def test_timing_a_model_on_a_cpu_leaves_a_gpu_alone(
+    gpu_beside: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(CACHE, str(tmp_path))
+    dense, pruned = nn.Linear(8, 8), nn.Linear(8, 4)
+    measure_latency({"dense": dense, "pruned": pruned}, sequence(1, 8), rounds=3, min_run_time_s=1e-3)
+    measure_layers(dense, pruned, sequence(1, 8), rounds=2)
+    GroupNormPruner(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), sequence(1, 8), budget={"latency": 0.99})
+    assert gpu_beside == []
+
+
+def test_a_clock_waits_for_the_devices_of_its_models_else_for_the_one_in_use(
+    gpu_beside: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(clock, "devices", lambda model: [torch.device(name) for name in model])
+    clock.clock_of(["cpu", "cuda:1"], ["cuda:2", "cuda:1", "meta"])()  # type: ignore[arg-type]
+    assert gpu_beside == [torch.device("cuda", 1), torch.device("cuda", 2)]
+    clock.clock_of(["cpu"])()  # type: ignore[arg-type]  # its forward may do what it likes
+    assert gpu_beside[2:] == [None]

@@ -168,6 +168,24 @@ def test_curves_never_fall_and_read_between_points():
     assert found.ratio_at("p", 0.5) == pytest.approx(0.6)
 
 
+@pytest.mark.parametrize(("is_used", "held"), [(False, 0), (True, 8)])
+def test_an_evaluation_draws_from_gpus_for_itself_where_they_are_used(net, monkeypatch, is_used, held):
+    """Asked for none by name, PyTorch takes all of them into use, and warns where there are several."""
+    asked, given_back = [], []
+    monkeypatch.setattr(torch.random, "_fork_rng_warned_already", False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: is_used)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: None)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: asked.append(device) or device)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: given_back.append(device))
+    inside = []
+    measure_sensitivity(
+        net, X, lambda model: inside.append(len(asked) - len(given_back)) or 1.0, ratios=[0.5]
+    )
+    assert inside == [held] * 3
+    assert asked == given_back
+
+
 def test_a_file_is_gone_on_with_and_nothing_is_measured_twice(net, tmp_path):
     file = tmp_path / "kept" / "s.json"
     evaluate, calls = loss(net), []

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.benchmark.utils.timer import timer
 
 from lightning_prune.budgets.subject import Bools, Subject
 from lightning_prune.errors import BudgetError, OptionError
 from lightning_prune.files import write_whole
+from lightning_prune.measuring.clock import clock_of
 from lightning_prune.measuring.forwards import measured_forward
 from lightning_prune.measuring.latency import measure_latency
 from lightning_prune.measuring.measured import describe_machine
@@ -38,7 +38,6 @@ TOLERANCE = 0.05
 ATTEMPTS = 8
 SECONDS = 0.6  # on the clock, per network and attempt
 log = logging.getLogger(__name__)
-_clock = timer  # waits for CUDA before it reads the time
 
 
 @dataclass(frozen=True)
@@ -199,12 +198,13 @@ def _measure(
     copies = [subject.pruned(keep) for keep in keeps]
     for number in range(ROUNDS + 1):
         for copy, seen in zip(copies, runs, strict=True):
+            clock = clock_of(copy)
             with measured_forward(copy, subject.inputs, subject.forward_fn) as forward:
-                with _stopwatch(copy) as taken:
+                with _stopwatch(copy, clock) as taken:
                     forward()
-                start = _clock()
+                start = clock()
                 forward()
-                taken[REST] = _clock() - start - sum(taken.values())
+                taken[REST] = clock() - start - sum(taken.values())
             if number:  # the first round allocates and picks kernels
                 for name, seconds in taken.items():
                     seen.setdefault(name, []).append(1e3 * seconds)
@@ -223,7 +223,7 @@ def _measure(
 
 
 @contextmanager
-def _stopwatch(model: nn.Module) -> Iterator[dict[str, float]]:
+def _stopwatch(model: nn.Module, clock: Callable[[], float]) -> Iterator[dict[str, float]]:
     """Take the time of every layer meanwhile, in seconds, all its calls together."""
     taken: dict[str, float] = {}
     started: dict[str, float] = {}
@@ -232,10 +232,10 @@ def _stopwatch(model: nn.Module) -> Iterator[dict[str, float]]:
         key = name or "the network"
 
         def enter(*_: Any, key: str = key) -> None:
-            started[key] = _clock()
+            started[key] = clock()
 
         def leave(*_: Any, key: str = key) -> None:
-            taken[key] = taken.get(key, 0.0) + _clock() - started[key]
+            taken[key] = taken.get(key, 0.0) + clock() - started[key]
 
         hooks += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
     try:

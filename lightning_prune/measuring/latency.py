@@ -12,14 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.benchmark import Timer
-from torch.utils.benchmark.utils.timer import timer
 
 from lightning_prune.errors import OptionError
+from lightning_prune.measuring.clock import clock_of
 from lightning_prune.measuring.forwards import ForwardFn, measured_forward
 
 __all__ = ["Latency", "measure_latency", "summarize_latency"]
-
-_clock = timer  # waits for CUDA before it reads the time
 
 
 @dataclass(frozen=True)
@@ -78,11 +76,12 @@ def measure_latency(
     _check(models, rounds, min_run_time_s, num_threads)
     threads = torch.get_num_threads() if num_threads is None else num_threads
     seconds: dict[str, list[float]] = {name: [] for name in models}
+    clock = clock_of(*models.values())
     with ExitStack() as stack:
         timers: dict[str, Timer] = {}
         for name, model in models.items():
             forward = stack.enter_context(measured_forward(model, example_inputs, forward_fn))
-            timers[name] = Timer("forward()", globals={"forward": forward}, num_threads=threads, timer=_clock)
+            timers[name] = Timer("forward()", globals={"forward": forward}, num_threads=threads, timer=clock)
         numbers = {name: _runs_per_round(timers[name].timeit, min_run_time_s / rounds) for name in models}
         for _ in range(rounds):
             for name in models:

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.benchmark.utils.timer import timer
 
+from lightning_prune.measuring.clock import clock_of
 from lightning_prune.measuring.cost import measure_cost
 from lightning_prune.measuring.forwards import ForwardFn, measured_forward
 
@@ -245,7 +245,7 @@ def measure_layers(
     macs = {
         k: _own_macs(m, measure_cost(m, example_inputs, forward_fn=forward_fn)) for k, m in networks.items()
     }
-    clocks = {key: _Clock() for key in networks}
+    clocks = {key: _Clock(clock_of(network)) for key, network in networks.items()}
     with ExitStack() as stack:
         forwards = {}
         for key, network in networks.items():
@@ -297,7 +297,8 @@ def _widths(module: nn.Module) -> tuple[int, ...]:
 class _Clock:
     """Times modules from inside a forward; a child's time is taken from its parent's."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self.moved: dict[str, int] = {}
         self._rounds: dict[str, list[float]] = {}
         self._now: dict[str, float] = {}
@@ -327,12 +328,12 @@ class _Clock:
             yield
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        self._running.append([timer(), 0.0])
+        self._running.append([self._clock(), 0.0])
 
     def _leave(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             began, inside = self._running.pop()
-            taken = timer() - began
+            taken = self._clock() - began
             if self._running:
                 self._running[-1][1] += taken
             self._now[name] = self._now.get(name, 0.0) + taken - inside

@@ -21,6 +21,7 @@ from lightning_prune.reporting.waiting import with_bar
 from lightning_prune.sensitivity.curves import Sensitivity
 from lightning_prune.sensitivity.parts import Part, cut_parts, parts_of
 from lightning_prune.surgery.applying import apply
+from lightning_prune.tracing.trace import used_gpus
 
 __all__ = ["RATIOS", "measure_sensitivity"]
 
@@ -90,7 +91,7 @@ def _described(point: tuple[Part, float]) -> str:
 
 
 def _evaluated(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=used_gpus()):
         return float(evaluate(model))
 
 
