@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from resume_worker import EPOCHS, save, train
 from test_callback import Net, Quiet, build, fit, pytestmark  # noqa: F401 - same filters
 from test_checkpoint_lightning import Cosine, Images, Judged, Slow, digest, every_epoch, pruning
-from test_no_waiting import BrokenIdle, accelerator  # noqa: F401 - a fixture
+from test_no_waiting import BrokenIdle
 from torch import nn
 
 from lightning_prune import GroupNormPruner
