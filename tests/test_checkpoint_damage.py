@@ -10,11 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.trainer.states import TrainerFn
 from test_callback import CHANNELS, Net, Quiet, build, data, fit, pytestmark  # noqa: F401 - same filters
 from test_checkpoint import PLAN, Outer, X, bits, fresh, pruned, same, through_a_file
 from test_checkpoint_lightning import Cosine, Judged, every_epoch, pruning, quiet_trainer
 
-from lightning_prune import GroupNormPruner
+from lightning_prune import GroupNormPruner, PruningOptions
 from lightning_prune.checkpoint import load_from_checkpoint, load_pruned_state, prepare
 from lightning_prune.errors import CheckpointMismatchError
 from lightning_prune.training.describing import Call, describe
@@ -168,6 +169,10 @@ EDITS = {
         lambda state: state["pruner"]["regularizer"]["gamma"].pop(),
         r"\['scores'\] must be a list of 4",
     ),
+    "a unit less, its score too": (
+        lambda state: [state["pruner"]["regularizer"][name].pop() for name in ("gamma", "scores")],
+        r"\['gamma'\] must be a list of 5, the checkpoint holds a list of 4:",
+    ),
     "evidence": (
         put("pruner", "evidence", value={"sums": {"x": 1}, "counts": {}, "pending": {}}),
         "none of this name",
@@ -234,6 +239,31 @@ def test_a_damaged_state_of_the_callback_is_refused_before_anything_is_loaded(li
     with pytest.raises(CheckpointMismatchError, match=match):
         trainer.fit(trainer.lightning_module, data(), ckpt_path=tmp_path / "edited.ckpt")
     assert everything(trainer) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({}, r"\['gamma'\] must be a list of 5,"),
+        ({"ignored_layers": ["fc"]}, r"\['gamma'\] must be a list of 5 at most"),
+        ({"pruning_ratio_dict": {"conv": 0.2}}, r"\['gamma'\] must be a list of 5 at most"),
+    ],
+)
+def test_gammas_of_more_units_than_are_left_are_refused(live, options, match):
+    """Which groups are pressed is for a trace to say; how many units there are stands in the state."""
+    trainer = quiet_trainer(pruning(module="net"))
+    trainer.callbacks[0].options = PruningOptions(**options)
+    trainer.strategy.connect(build(Cosine))
+    trainer.state.fn = TrainerFn.FITTING
+    checkpoint = torch.load(live[1], weights_only=True)
+    vet_checkpoint(trainer, checkpoint)
+    regularizer = checkpoint["callbacks"]["Quiet{'module': 'net'}"]["pruner"]["regularizer"]
+    for name, value in (("gamma", 1.0), ("scores", 0.0)):
+        regularizer[name] += [value]
+    with pytest.raises(CheckpointMismatchError, match=match):
+        vet_checkpoint(trainer, checkpoint)
+    trainer.state.fn = TrainerFn.VALIDATING
+    vet_checkpoint(trainer, checkpoint)
 
 
 @pytest.mark.parametrize("loop", ["validate", "test"])

@@ -13,7 +13,7 @@ from test_callback import Plain, Quiet, build, data, fit, pytestmark  # noqa: F4
 from test_checkpoint_lightning import Cosine, Slow, digest
 from torch import nn
 
-from lightning_prune import Distillation
+from lightning_prune import Distillation, Plan
 from lightning_prune.errors import OptionError
 from lightning_prune.training.distilling import logits_of
 
@@ -181,6 +181,17 @@ def test_the_channels_to_compare_are_looked_up_once_for_a_cut():
     widths = [None if kept is None else len(kept) for _, kept in held]
     assert widths == [None] * 4 + [6] * 4 + [4] * 8
     assert len({id(kept) for _, kept in held[4:]}) == 2
+
+
+def test_nothing_of_a_network_is_kept_for_another():
+    callback = Quiet(module="net", distillation={"features": ["conv"]})
+    fit(build(Taught), callback, max_epochs=2)
+    distiller = callback._distiller
+    assert distiller.teacher is not None
+    assert len(distiller._kept["conv"]) == 4
+    distiller.forget()
+    assert (distiller.teacher, distiller._kept, distiller._plan) == (None, {}, Plan())
+    assert distiller.loss.tolist() == [0.0, 0.0]
 
 
 def test_a_network_that_is_not_called_is_refused_by_name():

@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_prune import GroupNormPruner
 from lightning_prune.errors import BudgetError, OptionError
+from lightning_prune.selection.requests import key, reaches_all
 
 NO_HEADS: dict[str, Any] = {"pruning_ratio": 0.0, "prune_num_heads": True}
 
@@ -48,6 +49,34 @@ def test_head_dims_are_cut_in_every_head_by_the_same_count() -> None:
     model = vit()
     GroupNormPruner(model, tokens(), pruning_ratio=0.5).step()
     assert head_sizes(model) == [(4, 24), (4, 24)]
+
+
+REACHES: dict[str, tuple[dict[str, Any], bool]] = {
+    "the ratio": ({}, False),  # the heads stay
+    "heads too": ({"prune_num_heads": True}, True),
+    "heads by their own ratio": ({"prune_num_heads": True, "head_pruning_ratio": 0.25}, True),
+    "no head dimensions": ({"prune_num_heads": True, "prune_head_dims": False}, False),
+    "no ratio": ({"prune_num_heads": True, "pruning_ratio": 0.0}, False),
+    "ignored": ({"prune_num_heads": True, "ignored_layers": ["0.embed"]}, False),
+    "a ratio of its own": ({"prune_num_heads": True, "pruning_ratio_dict": {"0.embed": 0.0}}, False),
+    "heads with one": ({"prune_num_heads": True, "head_pruning_ratio_dict": {"0.a1": 0.0}}, False),
+}
+
+
+@pytest.mark.parametrize(("options", "all_of_them"), REACHES.values(), ids=REACHES)
+def test_which_options_reach_every_group_is_known_without_a_model(
+    options: dict[str, Any], all_of_them: bool
+) -> None:
+    pruner = GroupNormPruner(vit(), tokens(), **options)
+    assert (pruner.pressed_groups() == pruner.groups()) is all_of_them
+    keys = [key(group) for group in pruner.groups()]
+    assert reaches_all(pruner.options, pruner.pruning_ratio, keys) is all_of_them
+
+
+def test_without_heads_there_are_none_to_leave_out() -> None:
+    pruner = GroupNormPruner(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), tokens())
+    assert pruner.pressed_groups() == pruner.groups() != ()
+    assert reaches_all(pruner.options, pruner.pruning_ratio, [key(group) for group in pruner.groups()])
 
 
 def test_prune_head_dims_off_leaves_them() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +20,13 @@ from lightning_prune.selection.selecting import Demand, Pool
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
+HEAD = "head|"
+
 
 def key(group: Group) -> str:
     """Name of a group that stays the same from cut to cut."""
     places = ",".join(f"{m.tensor}:{m.dim}" for m in group.members if not m.is_buffer)
-    return ("head|" if group.kind == "head" else "") + places
+    return (HEAD if group.kind == "head" else "") + places
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,20 @@ def targets(
     for table, heads, name in tables:
         _apply_table(analysis, table or {}, heads, name, ratios, scopes, options, is_new)
     return Targets(tuple(ratios), tuple(scopes), locked)
+
+
+def reaches_all(options: PruningOptions, ratio: float, keys: Iterable[str]) -> bool:
+    """Say whether something is asked of every group, whatever the graph: the options leave none out.
+
+    Args:
+        options: All options.
+        ratio: Ratio of groups that no dictionary names.
+        keys: Names of the groups, as ``key`` gives them.
+    """
+    leaves_out = options.ignored_layers or options.pruning_ratio_dict or options.head_pruning_ratio_dict
+    has_heads = any(name.startswith(HEAD) for name in keys)
+    heads_go = options.prune_head_dims and (options.prune_num_heads or not has_heads)
+    return ratio > 0 and heads_go and not leaves_out
 
 
 def owned(analysis: Analysis, tensors: frozenset[str]) -> Bools:

@@ -95,7 +95,8 @@ class Distiller:
 
     def forget(self) -> None:
         """Begin anew, with another network."""
-        self.teacher, self.loss = None, torch.zeros(2, dtype=torch.float64)
+        self.teacher, self._plan, self._kept = None, Plan(), {}
+        self.begin_epoch()
 
     def begin_epoch(self) -> None:
         """Count the loss from here."""
@@ -172,7 +173,7 @@ class Distiller:
             )
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Give the teacher's weights."""
+        """Give the teacher's weights, and the loss as this rank has met it in the epoch."""
         if self.teacher is None:
             return None
         return {"teacher": dict(self.teacher.state_dict()), "loss": self.loss.tolist()}

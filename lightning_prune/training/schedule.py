@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch import Callback, Trainer
 
+from lightning_prune.options import PruningOptions
 from lightning_prune.training.strategies import callbacks_of
 
 __all__ = ["PHASES", "Schedule", "place_in_logs"]
@@ -15,6 +16,8 @@ class Schedule(Callback):
     """A callback that cuts at the start of epochs."""
 
     module: str | None
+    options: PruningOptions
+    pruning_ratio: float
     sparse_start_epoch: int
     start_epoch: int
     every_n_epochs: int

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_prune.checkpoint import written_plans
 from lightning_prune.errors import PlanError
 from lightning_prune.plan import Plan
+from lightning_prune.selection.requests import reaches_all
 from lightning_prune.surgery.structure import dense_shapes
 from lightning_prune.training.building import has_module, target_of
 from lightning_prune.training.describing import vet_calls
@@ -46,10 +47,12 @@ def _vet_callback(callback: Schedule, trainer: Trainer, checkpoint: Mapping[str,
     if callback.state_key not in states or not has_module(root, callback.module):
         return
     # Whoever only tests a network need not know how it was trained.
-    steps = callback.iterative_steps if trainer.state.fn is TrainerFn.FITTING else LARGEST
+    is_fit = trainer.state.fn is TrainerFn.FITTING
     state = Part(f"the state of {callback.state_key}", states[callback.state_key])
     try:
-        _vet(state, checkpoint, root, callback.module, steps)
+        _vet(state, checkpoint, root, callback.module, callback.iterative_steps if is_fit else LARGEST)
+        if is_fit and state["pruner"].value is not None:
+            _vet_pressed(state, callback)
     except RecursionError:
         state.refuse("nested less deeply; it")
 
@@ -82,6 +85,17 @@ def _vet(
         counts = state[name].table(*(COUNTS if state[name].value else ()))
         for count in counts.parts():
             count.number(0, LARGEST)
+
+
+def _vet_pressed(state: Part, callback: Schedule) -> None:
+    """See that there is a gamma for each unit that is pressed: for all, where the options leave none out."""
+    gammas, counts = state["pruner"]["regularizer"]["gamma"], state["left"].value
+    if not counts:
+        return
+    if reaches_all(callback.options, callback.pruning_ratio, state["pruner"]["initial"].value):
+        gammas.items(counts["units"])
+    elif len(gammas.items()) > counts["units"]:
+        gammas.refuse(f"a list of {counts['units']} at most")
 
 
 def _shapes(checkpoint: Mapping[str, Any], module: str | None) -> dict[str, tuple[int, ...]]:
