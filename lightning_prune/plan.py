@@ -67,6 +67,16 @@ class Cut:
         """``keep`` as an array, [rows, kept], made once; nobody may write into it."""
         return np.array(self.keep, np.int64).reshape(self.rows, self.kept)
 
+    def elsewhere(self, tensor: str, dim: int) -> Cut:
+        """Give the cut that keeps the same indices elsewhere; they need no second check.
+
+        >>> Cut("conv.weight", 0, 4, (0, 2)).elsewhere("bn.weight", 0)
+        Cut(tensor='bn.weight', dim=0, size=4, keep=(0, 2), rows=1)
+        """
+        twin: Cut = object.__new__(type(self))
+        vars(twin).update(vars(self), tensor=tensor, dim=dim, table=self.table)
+        return twin
+
     def by_row(self) -> list[tuple[int, ...]]:
         """Split ``keep`` into one tuple per row."""
         return [self.keep[r * self.kept : (r + 1) * self.kept] for r in range(self.rows)]

@@ -19,7 +19,7 @@ from lightning_prune.graph.planning import kept_units
 from lightning_prune.plan import Patch, Plan
 from lightning_prune.surgery.applying import apply, mask
 from lightning_prune.surgery.patches import check_patch, installed_patches, remove_patches
-from lightning_prune.tracing.labels import FROZEN, along
+from lightning_prune.tracing.labels import FROZEN, along, unique
 from lightning_prune.tracing.numbers import OUTSIDE, Numbers
 from lightning_prune.tracing.solver import Classes, solve
 from lightning_prune.tracing.tracer import Tracer
@@ -166,14 +166,15 @@ def certify(before: Analysis, after: Analysis, keep: Bools, plan: Plan) -> None:
     live = (table[0] != FROZEN) & (table[1] != FROZEN)
     table, where = table[:, live], where[live]
     width = int(table[1].max(initial=0)) + 1
-    keys, first = np.unique(table[0] * width + table[1], return_index=True)
-    unique = np.divmod(keys, width)
-    mixed = unique[0][1:][unique[0][1:] == unique[0][:-1]]
+    keys = table[0] * width + table[1]
+    now = unique(keys) // width
+    mixed = now[1:][now[1:] == now[:-1]]
     if len(mixed):
-        numbers = {int(where[i]) for i in first[np.isin(unique[0], mixed)]}
+        _, first = np.unique(keys, return_index=True)
+        numbers = {int(where[i]) for i in first[np.isin(table[0][first], mixed)]}
         places = sorted(f"{found[i].tensor} dim {found[i].dim}" for i in numbers)
         raise CertificateError(
-            f"The pruned model was to be a restriction of the original, but {len(np.unique(mixed))} of its "
+            f"The pruned model was to be a restriction of the original, but {len(unique(mixed))} of its "
             f"couplings join channels that were apart, in {', '.join(places[:6])}. The cut was undone; add "
             "these layers to ignored_layers and report the model, please."
         )
@@ -200,10 +201,10 @@ def _expected(before: Analysis, keep: Bools) -> Classes:
         if (alive[of[cells]].sum(axis=-1) == 1).all():  # it has become depthwise: its outputs go together now
             lone.append(outputs.ravel())
     for owners in (o for _, o, _ in ledger.grids if o is not None):
-        left = np.unique(of[owners][alive[of[owners]]])
-        if len(left) == 1 and len(np.unique(of[owners])) > 1:
+        left = unique(of[owners][alive[of[owners]]])
+        if len(left) == 1 and len(unique(of[owners])) > 1:
             lone.append(owners[of[owners] == left[0]])
-    atoms = np.unique(np.concatenate(lone))
+    atoms = unique(np.concatenate(lone))
     return solve(ledger, atoms) if len(atoms) else before.graph.classes
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from lightning_prune.graph.groups import Graph, Grid
 from lightning_prune.tracing.integers import Equation, Expr, evaluate, invert, mentions
-from lightning_prune.tracing.labels import FROZEN
+from lightning_prune.tracing.labels import FROZEN, unique
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -54,9 +54,9 @@ class Constraints:
         """[n_classes] class of the head that a class dies with, -1 for none, -2 for several."""
         classes = self.graph.classes
         head = np.full(len(classes.row), -1, np.int64)
-        position, element = classes.elements(np.arange(len(head)))
+        position, element = classes.of_all
         is_head = classes.is_head[element] & classes.is_row[element]
-        pairs = np.divmod(np.unique(position[is_head] * len(head) + element[is_head]), max(len(head), 1))
+        pairs = np.divmod(unique(position[is_head] * len(head) + element[is_head]), max(len(head), 1))
         several = pairs[0][1:][pairs[0][1:] == pairs[0][:-1]]
         head[pairs[0]] = pairs[1]
         head[several] = -2
@@ -67,7 +67,7 @@ class Constraints:
         """[n_classes] unit a position of this class dies with beside its head; -1 = it stays."""
         classes = self.graph.classes
         unit = np.full(len(classes.row), -1, np.int64)
-        position, element = classes.elements(np.arange(len(unit)))
+        position, element = classes.of_all
         own = ~(classes.is_head[element] & classes.is_row[element]) | (element == position)
         unit[position[own]] = self.graph.unit_of[element[own]]
         return unit

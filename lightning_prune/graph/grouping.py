@@ -62,19 +62,21 @@ class _Table:
     @staticmethod
     def of(classes: Classes, labelled: Sequence[Labelled]) -> _Table:
         places: list[Place] = []
-        alike: dict[tuple[tuple[int, ...], bytes], list[int]] = {}
+        numbers: dict[tuple[tuple[int, ...], bytes], int] = {}
+        columns: list[Ints] = []
         for tensor, dim, atoms, is_buffer in labelled:
             found = classes.of[atoms]
-            same = alike.setdefault((found.shape, found.tobytes()), [])
-            same.append(len(places))
-            places.append(Place(tensor, dim, places[same[0]].classes if len(same) > 1 else found, is_buffer))
-        columns = [places[same[0]].classes.ravel() for same in alike.values()]
-        sizes = [len(column) for column in columns]
-        flat = np.concatenate([np.zeros(0, np.int64), *columns])
+            column = numbers.setdefault((found.shape, found.tobytes()), len(columns))
+            if column == len(columns):
+                columns.append(found)
+            places.append(Place(tensor, dim, columns[column], is_buffer, column))
+        alike: tuple[list[int], ...] = tuple([] for _ in columns)
+        for number, place in enumerate(places):
+            alike[place.column].append(number)
+        sizes = [column.size for column in columns]
+        flat = np.concatenate([np.zeros(0, np.int64), *(column.ravel() for column in columns)])
         start = np.cumsum([0, *sizes])[:-1]
-        return _Table(
-            tuple(places), tuple(alike.values()), flat, np.repeat(np.arange(len(sizes)), sizes), start
-        )
+        return _Table(tuple(places), alike, flat, np.repeat(np.arange(len(sizes)), sizes), start)
 
     def sums(self, weight: Ints) -> Ints:
         """[n_columns] sum of a number per place over the places of each column."""

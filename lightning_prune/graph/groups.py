@@ -93,12 +93,21 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """One dimension of one tensor with the class of every position: [rows, size]."""
+    """One dimension of one tensor with the class of every position.
+
+    Args:
+        tensor: Its name.
+        dim: The dimension.
+        classes: [rows, size]; places of one column share the array.
+        is_buffer: Whether the tensor is a buffer.
+        column: Number that all places with the same classes in the same order have.
+    """
 
     tensor: str
     dim: int
     classes: Ints
     is_buffer: bool
+    column: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,8 +138,7 @@ class Graph:
         alive = np.ones(len(self.unit_of), bool)
         known = self.unit_of >= 0
         alive[known] = keep[self.unit_of[known]]
-        everything = np.arange(len(alive))
-        position, element = self.classes.elements(everything)
+        position, element = self.classes.of_all
         result = np.ones(len(alive), bool)
         result[position[~alive[element]]] = False
         return result

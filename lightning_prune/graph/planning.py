@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_prune.graph.configs import config_rewrites
 from lightning_prune.graph.equations import Constraints
-from lightning_prune.graph.groups import Graph, Place
+from lightning_prune.graph.groups import Graph, Member, Place
 from lightning_prune.graph.widths import stated_widths
 from lightning_prune.plan import Cut, Patch, Plan, Rewrite
 from lightning_prune.surgery.attributes import cosmetic_rewrites
@@ -41,7 +41,7 @@ def make_plan(
     if keep.all():
         return Plan(), ()
     alive = graph.alive_classes(keep)
-    known: dict[tuple[int, bytes], tuple[int, ...]] = {}  # many places keep the same
+    known: dict[int, Cut | None] = {}
     cuts = tuple(cut for place in graph.places if (cut := _cut(place, alive, known)) is not None)
     tensors = tensors_of(model)
     sizes = tuple(sorted((name, tuple(tensors[name].shape)) for name in {c.tensor for c in cuts}))
@@ -78,15 +78,16 @@ def _seen_widths(graph: Graph, constraints: Constraints, alive: Bools) -> dict[t
     return seen
 
 
-def _cut(place: Place, alive: Bools, known: dict[tuple[int, bytes], tuple[int, ...]]) -> Cut | None:
-    kept = alive[place.classes]
-    if kept.all():
-        return None
-    rows, size = place.classes.shape
-    key = size, kept.tobytes()
-    if key not in known:
-        known[key] = tuple((np.flatnonzero(kept) % size).tolist())  # row after row
-    return Cut(place.tensor, place.dim, size, known[key], rows)
+def _cut(place: Place, alive: Bools, known: dict[int, Cut | None]) -> Cut | None:
+    """What is kept of a place; ``known`` holds the cuts of columns that were met before."""
+    if place.column not in known:
+        kept, (rows, size) = alive[place.classes], place.classes.shape
+        keep = tuple((np.flatnonzero(kept) % size).tolist())  # row after row
+        known[place.column] = (
+            Cut(place.tensor, place.dim, size, keep, rows) if len(keep) < kept.size else None
+        )
+    cut = known[place.column]
+    return None if cut is None else cut.elsewhere(place.tensor, place.dim)
 
 
 def _rewrites(graph: Graph, values: dict[int, int]) -> tuple[Rewrite, ...]:
@@ -142,17 +143,25 @@ def predicted_parameters(model: nn.Module, graph: Graph, alive: Bools) -> int:
 
 def kept_units(graph: Graph, plan: Plan) -> Bools:
     """[n_units] True for units of which a plan keeps something in every member."""
-    lives: dict[tuple[str, int], Bools] = {}
-    for cut in plan.cuts:
-        table = lives[cut.tensor, cut.dim] = np.zeros((cut.rows, cut.size), bool)
-        table[np.arange(cut.rows)[:, None], cut.table] = True
+    cuts = {(cut.tensor, cut.dim): cut for cut in plan.cuts}
     keep = np.ones(graph.n_units, bool)
     for group in graph.groups:
+        seen: list[tuple[Member, Cut]] = []
         for m in group.members:
-            left = lives.get((m.tensor, m.dim))
-            if left is not None:
-                stays = np.broadcast_to(left, (m.rows, m.size)).ravel()[m.index]
-                any_left = np.zeros(group.n_units, bool)
-                any_left[m.unit[stays]] = True
-                keep[group.units] &= any_left
+            cut = cuts.get((m.tensor, m.dim))
+            if cut is None or any(_say_the_same(m, cut, *other) for other in seen):
+                continue
+            seen.append((m, cut))
+            left = np.zeros((cut.rows, cut.size), bool)
+            left[np.arange(cut.rows)[:, None], cut.table] = True
+            stays = np.broadcast_to(left, (m.rows, m.size)).ravel()[m.index]
+            any_left = np.zeros(group.n_units, bool)
+            any_left[m.unit[stays]] = True
+            keep[group.units] &= any_left
     return keep
+
+
+def _say_the_same(member: Member, cut: Cut, other: Member, others_cut: Cut) -> bool:
+    """Whether two members of a group have their units in the same positions, of which the same are kept."""
+    is_alike = member.index is other.index and member.unit is other.unit
+    return is_alike and cut.rows == others_cut.rows and cut.keep == others_cut.keep

@@ -15,6 +15,7 @@ from lightning_prune.graph.groups import Group
 from lightning_prune.options import PruningOptions
 from lightning_prune.selection.requests import Targets, demand
 from lightning_prune.selection.selecting import select
+from lightning_prune.tracing.labels import unique
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -149,7 +150,7 @@ def _units_of(analysis: Analysis, tables: Sequence[Ints]) -> Bools:
     graph = analysis.graph
     mask = np.zeros(graph.n_units, bool)
     for table in tables:
-        _, elements = graph.classes.elements(np.unique(table))
+        _, elements = graph.classes.elements(unique(table))
         units = graph.unit_of[elements]
         mask[units[units >= 0]] = True
     return mask

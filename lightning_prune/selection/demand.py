@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_prune.graph.groups import Grid, Group
+from lightning_prune.tracing.labels import starts
 
 __all__ = ["Case", "Demand", "Pool", "exact", "flatten", "removals"]
 
@@ -145,7 +146,9 @@ def flatten(groups: Sequence[Group], scores: Sequence[Floats], grids: Sequence[G
     row = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
     stays = (flat < 0) | (np.append(group, -1)[flat] < 0)
     base = max(len(rows), 1)
-    codes, times = np.unique(flat[~stays] * base + row[~stays], return_counts=True)
+    entries = np.sort(flat[~stays] * base + row[~stays])
+    begins = np.flatnonzero(starts(entries))
+    codes, times = entries[begins], np.diff(begins, append=len(entries))
     return Case(
         groups=groups,
         grids=grids,

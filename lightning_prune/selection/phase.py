@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from lightning_prune.selection.counts import Component, Wish, candidates, components, partition, solve
 from lightning_prune.selection.demand import Case, exact, removals
+from lightning_prune.tracing.labels import unique
 
 __all__ = ["DEAD", "KEPT", "OPEN", "Phase", "Progress", "StuckError"]
 
@@ -336,11 +337,11 @@ def _initial(run: Progress, g: int, live: int) -> Fraction:
     case, units = run.case, run.case.groups[g].units
     initial, (unit, owner) = Fraction(int(case.demand.initial[g])), case.owned
     mine = case.group[unit] == g
-    pairs = np.unique(unit[mine] * len(case.group) + owner[mine])
-    if len(pairs) != len(units) or len(np.unique(pairs // len(case.group))) != len(units):
+    pairs = unique(unit[mine] * len(case.group) + owner[mine])
+    if len(pairs) != len(units) or len(unique(pairs // len(case.group))) != len(units):
         return initial * Fraction(live, len(units))
-    owners = np.unique(pairs % len(case.group))
-    heads = np.unique(case.group[owners])
+    owners = unique(pairs % len(case.group))
+    heads = unique(case.group[owners])
     here, ever = sum(case.groups[h].n_units for h in heads), int(case.demand.initial[heads].sum())
     return initial * Fraction(int((run.state[owners] != DEAD).sum()), len(owners)) * Fraction(here, ever)
 

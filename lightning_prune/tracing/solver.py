@@ -8,6 +8,7 @@ A frozen => R and C frozen; equal row content => same R.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -33,6 +34,11 @@ class Classes:
     is_row: np.ndarray
     is_head: np.ndarray
     is_head_dim: np.ndarray
+
+    @cached_property
+    def of_all(self) -> tuple[Ints, Ints]:
+        """Elements of every class, which is its own position."""
+        return self.elements(np.arange(len(self.row)))
 
     def elements(self, classes: Ints) -> tuple[Ints, Ints]:
         """Removable classes that each of ``classes`` depends on, as pairs (position, class)."""
