@@ -85,6 +85,12 @@ class Part:
             self.refuse(f"a finite number{known}")
         return value
 
+    def truth(self) -> bool:
+        """Give True or False."""
+        if not isinstance(self.value, bool):
+            self.refuse("True or False")
+        return self.value
+
     def text(self) -> str:
         """Give a string."""
         if not isinstance(self.value, str):

@@ -17,6 +17,7 @@ from torchmetrics import Metric
 from lightning_prune.errors import OptionError, StrategyError, TraceError
 from lightning_prune.training import describing, example_inputs
 from lightning_prune.training.strategies import check_set_up
+from lightning_prune.vetting import Part
 
 HALF = CHANNELS // 2
 
@@ -306,6 +307,22 @@ def test_recorded_inputs_are_rebuilt_in_structure_shape_and_dtype():
     assert call.args[2] == 3
     assert torch.equal(call.kwargs["mask"]["m"], tokens > 2)
     assert call.kwargs["flag"] is True
+
+
+KINDS = [torch.bool, torch.uint8, torch.int16, torch.int64, torch.float16, torch.bfloat16, torch.complex64]
+
+
+@pytest.mark.parametrize("size", [0, 3, 5000])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_what_is_recorded_is_what_a_checkpoint_may_hold(kind, size):
+    spec = describing.describe([describing.Call("", (torch.zeros(size, dtype=kind),))])
+    describing.vet_calls(Part("the example", spec))
+    (call,) = describing.rebuild(spec, torch.device("cpu"))
+    assert (call.args[0].dtype, call.args[0].shape) == (kind, (size,))
+
+
+def test_numbers_without_a_smallest_are_not_recorded():
+    assert describing.describe([describing.Call("", (torch.zeros(5000, dtype=torch.uint16),))]) is None
 
 
 def test_large_integers_keep_their_range():

@@ -186,6 +186,7 @@ EDITS = {
     "a size below zero": (tensor(tensor=[-1, 3, 5, 5]), r"\[0\] must be a whole number in \[0, "),
     "a shape of letters": (tensor(tensor="abc"), r"\['tensor'\] must be a list, the checkpoint holds 'abc'"),
     "no type of numbers": (tensor(dtype="save"), "the name of a torch.dtype, the checkpoint holds 'save'"),
+    "truths of numbers": (tensor(dtype="bool", tensor=[1], values=[1]), r"\['values'\]\[0\] must be True or"),
     "values that are none": (tensor(dtype="int64", values=[1]), r"the values of a shape \[2, 3, 5, 5\]"),
     "values too large": (tensor(dtype="uint8", tensor=[1], values=[300]), "numbers that torch.uint8 holds"),
     "an empty range": (tensor(dtype="int64", range=[3, 1]), "a lower bound and an upper one"),

@@ -141,6 +141,31 @@ def test_a_pruner_that_waits_for_a_batch_is_as_far_as_it_had_come(tmp_path, cuts
             assert resumed.callback_metrics[name] == whole.callback_metrics[name], f"{name} from step {step}"
 
 
+class Masked(Cosine):
+    """Its network is called with a mask, as transformers are."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = MaskedNet()
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return nn.functional.cross_entropy(self.net(x, torch.ones(len(x), 5, dtype=torch.bool)), y)
+
+
+class MaskedNet(Net):
+    def forward(self, x, mask):
+        return super().forward(x * mask[:, None, None, :])
+
+
+def test_a_mask_among_the_inputs_goes_through_a_checkpoint(tmp_path):
+    whole = fit(
+        build(Masked), pruning(module="net"), every_epoch(tmp_path), max_epochs=5, enable_checkpointing=True
+    )
+    resumed = fit(build(Masked), pruning(module="net"), ckpt_path=tmp_path / "epoch=2.ckpt", max_epochs=5)
+    assert digest(resumed) == digest(whole)
+
+
 def test_shares_are_of_the_same_example_after_a_resume(tmp_path):
     """A dataset is asked for two samples, the first batch had four."""
 

@@ -41,7 +41,7 @@ def describe(calls: list[Call]) -> list[Any] | None:
     """Write calls as plain lists, strings and numbers; None if one is of another kind, or too large."""
     try:
         spec = [[c.path, _describe(c.args), _describe(c.kwargs)] for c in calls]
-    except TypeError:
+    except (TypeError, RuntimeError):  # numbers of few bits, for which PyTorch has no operations
         return None
     return spec if sum(_elements(item) for item in spec) <= MAX_ELEMENTS else None
 
@@ -169,7 +169,9 @@ def _vet_tensor(spec: Part) -> int:
         spec.table("tensor", "dtype")
     else:
         spec.table("tensor", "dtype", held)
-        numbers = [number.whole(-(2**63), 2**63 - 1) for number in spec[held].items()]
+        are_truths = dtype == torch.bool and held == "values"
+        items = spec[held].items()
+        numbers = [each.truth() if are_truths else each.whole(-(2**63), 2**63 - 1) for each in items]
         if len(numbers) != (2 if held == "range" else prod(shape)):
             spec[held].refuse("two bounds" if held == "range" else f"the values of a shape {shape}")
         if held == "range" and not numbers[0] <= numbers[1] < 2**63 - 1:
