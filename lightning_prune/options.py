@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from typing import Any
 
@@ -83,6 +83,14 @@ class PruningOptions:
     fused: bool | None = None
     forward_fn: Callable[..., Any] | None = None
     output_transform: Callable[..., Any] | None = None
+
+    def as_keywords(self) -> dict[str, Any]:
+        """Give the fields as the keywords of ``GroupNormPruner``.
+
+        >>> PruningOptions(round_to=8).as_keywords()["round_to"]
+        8
+        """
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model.

@@ -172,6 +172,11 @@ def test_a_cut_that_removes_nothing_is_pointed_out():
         ({"start_epoch": -1}, "start_epoch must be a whole number of at least 0, got -1"),
         ({"every_n_epochs": 0}, "every_n_epochs"),
         ({"iterative_steps": 1.5}, "iterative_steps"),
+        ({"options": 5}, "options must be a PruningOptions or a dict of its fields, got int"),
+        (
+            {"distillation": ["logits"]},
+            "distillation must be a Distillation or a dict of its .*, got list",
+        ),
         ({"options": {"round_too": 8}}, "no field 'round_too'; the nearest are round_to"),
         ({"options": {"pruning_ratio": 0.5}}, "no field 'pruning_ratio'"),
     ],

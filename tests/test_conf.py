@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 import lightning_prune.commands  # noqa: F401  registers the resolver of the schedules
 from lightning_prune.commands.spaces import Range, read_search
 from lightning_prune.options import PruningOptions
+from lightning_prune.training.account import settings_of
 from lightning_prune.training.callback import StructuredPruning
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -107,6 +108,13 @@ def test_our_classes_are_listed_argument_by_argument_with_their_defaults(choice:
     assert set(listed) == set(defaults)
     for name in set(listed) - {"net", "options"} - OF_ITS_OWN.get(choice, set()):
         assert listed[name] == _plain(defaults[name]), name
+
+
+def test_the_record_of_a_run_holds_every_setting() -> None:
+    settings = settings_of(StructuredPruning(distillation={}, options={"round_to": 8}))
+    assert set(settings) == set(inspect.signature(StructuredPruning).parameters)
+    assert settings["options"]["round_to"] == 8
+    assert settings["distillation"]["temperature"] == 4.0
 
 
 def test_the_options_are_listed_field_by_field_with_their_defaults() -> None:

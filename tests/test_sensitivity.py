@@ -22,6 +22,7 @@ from lightning_prune.commands.configuring import compose_config, pruner_of
 from lightning_prune.commands.sensitivity import run as sensitivity_command
 from lightning_prune.errors import BudgetError, OptionError
 from lightning_prune.measuring.cost import measure_cost
+from lightning_prune.models import Classifier
 from lightning_prune.reporting.pictures.sensitivity import sensitivity_figure, sensitivity_png
 from lightning_prune.sensitivity import Sensitivity, measure_sensitivity, ratios_for
 from lightning_prune.sensitivity.ratios import options_of, shares_for
@@ -307,6 +308,42 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, monkeypatch):
     Path("half.ckpt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(OptionError, match="no checkpoint, or only a part of one"):
         sensitivity_command([*SMALL, "ckpt_path=half.ckpt"])
+
+
+class Blind(Classifier):
+    @property
+    def example_input_array(self):
+        return None
+
+    @example_input_array.setter
+    def example_input_array(self, array):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "asked of fresh weights, .* ckpt_path=..., or say --as-is"),
+        (["--as-is", "pruning=none"], "pruning=none was asked for"),
+        (
+            ["--as-is", f"model._target_={__name__}.Blind"],
+            "the sensitivity of Blind was asked for, but it has no example_input_array",
+        ),
+        (
+            ["--as-is", "--metric", "val/f1"],
+            "val/f1 is to be measured, and validation logs .*val/acc.*--metric",
+        ),
+        (
+            ["--as-is", "trainer.limit_val_batches=0"],
+            "val/acc is to be measured, and validation logs nothing;",
+        ),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_measured_is_refused(words, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OptionError, match=said):
+        sensitivity_command([*SMALL, "trainer.accelerator=cpu", *words])
 
 
 def test_a_wrong_budget_is_refused_before_anything_is_measured(tmp_path, monkeypatch):

@@ -20,8 +20,9 @@ from test_cli import command, logs, pytestmark  # noqa: F401 - fixtures, and the
 
 from lightning_prune import StructuredPruning
 from lightning_prune.commands import tune
-from lightning_prune.commands.spaces import Choices, Range, read_search, words_of
+from lightning_prune.commands.spaces import Choices, Range, read_search
 from lightning_prune.commands.trials import Watch
+from lightning_prune.commands.words import words_of
 from lightning_prune.data import Digits
 from lightning_prune.errors import BudgetError, OptionError
 from lightning_prune.models import Classifier, ResNet
@@ -90,6 +91,10 @@ def test_a_space_is_read_by_paths():
         ({"startup_trials": "two"}, [], ["startup_trials=two"]),
         ({"objectives": []}, [], ["objectives=[]", "[maximize val/acc]"]),
         ({"objectives": ["max val/acc"]}, [], ["max val/acc", "`maximize metric`"]),
+        ({"name": 5}, [], ["name=5", "a name"]),
+        ({"folder": None}, [], ["folder=None", "path"]),
+        ({"median_stopper": "maybe"}, [], ["median_stopper=maybe", "true or false"]),
+        ({"space": 3}, [], ["space=3", "a table"]),
         ({"space": {}}, [], ["empty"]),
         (
             {"space": {"pruning": {"options": {"rge": {"low": 0, "high": 1}}}}},

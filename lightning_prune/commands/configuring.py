@@ -13,12 +13,13 @@ from hydra.utils import instantiate
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_prune.commands.words import keys_of
 from lightning_prune.errors import OptionError
 from lightning_prune.pruner import GroupNormPruner
 from lightning_prune.training.building import build_pruner, example_of, target_of
 from lightning_prune.training.callback import StructuredPruning
+from lightning_prune.training.checkpointing import prunings
 from lightning_prune.training.example_inputs import from_array
-from lightning_prune.training.strategies import callbacks_of
 
 __all__ = [
     "CONF",
@@ -29,8 +30,8 @@ __all__ = [
     "config_parser",
     "let_ratio_win",
     "pruner_of",
-    "prunings",
     "rehearse",
+    "traced",
 ]
 
 CONF = "lightning_prune.conf"
@@ -79,7 +80,7 @@ def compose_config(
 
 def let_ratio_win(cfg: DictConfig, overrides: Sequence[str]) -> None:
     """Drop the configured budget where a ratio was typed and no budget: the budget would override it."""
-    keys = [word.lstrip("+").partition("=")[0] for word in overrides]
+    keys = keys_of(overrides)
     typed_options = any(key.startswith("pruning.options.budget") or key == "pruning.options" for key in keys)
     if "pruning.pruning_ratio" in keys and not typed_options and OmegaConf.select(cfg, BUDGET) is not None:
         log.info("pruning_ratio=%s was asked for, so the configured budget is off", cfg.pruning.pruning_ratio)
@@ -127,11 +128,6 @@ def build(cfg: DictConfig) -> tuple[LightningModule, LightningDataModule, Traine
         ) from error
 
 
-def prunings(trainer: Trainer) -> list[StructuredPruning]:
-    """List the callbacks of a Trainer that prune."""
-    return [callback for callback in callbacks_of(trainer) if isinstance(callback, StructuredPruning)]
-
-
 def pruner_of(callback: StructuredPruning, model: LightningModule) -> GroupNormPruner | None:
     """Build the pruner that the callback will build; None where only a batch can say what the inputs are.
 
@@ -152,3 +148,23 @@ def pruner_of(callback: StructuredPruning, model: LightningModule) -> GroupNormP
         pruning_ratio=callback.pruning_ratio,
         iterative_steps=callback.iterative_steps,
     )
+
+
+def traced(callback: StructuredPruning, model: LightningModule, what: str) -> GroupNormPruner:
+    """Build the pruner of a command that needs it now.
+
+    Args:
+        callback: As for ``pruner_of``.
+        model: The same.
+        what: Is asked for, in words that a name follows.
+
+    Raises:
+        OptionError: If only a batch can say what the inputs are.
+    """
+    pruner = pruner_of(callback, model)
+    if pruner is None:
+        raise OptionError(
+            f"{what} {type(model).__name__} was asked for, but it has no example_input_array to trace it "
+            "with; set that attribute to one input of forward"
+        )
+    return pruner

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_prune.commands.configuring import CONF, PRIMARY
-from lightning_prune.commands.spaces import GROUP, Search, without_search, words_of
+from lightning_prune.commands.spaces import GROUP, Search, without_search
 from lightning_prune.commands.studies import REFUSED, counted, finished, front
+from lightning_prune.commands.words import words_of
 from lightning_prune.files import write_whole
 from lightning_prune.reporting.pictures.search import Tried, search_figure
 from lightning_prune.reporting.pictures.style import styled

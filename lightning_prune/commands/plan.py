@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_prune.commands.configuring import compose_config, config_parser, pruner_of
+from lightning_prune.commands.configuring import compose_config, config_parser, traced
 from lightning_prune.errors import OptionError
 from lightning_prune.graph.groups import Group
 from lightning_prune.pruner import GroupNormPruner
@@ -78,13 +78,7 @@ def _built(cfg: DictConfig) -> tuple[StructuredPruning, GroupNormPruner]:
         OmegaConf.update(cfg, IMPORTANCE, "group_norm")
     model, callback = instantiate(cfg.model), instantiate(cfg.pruning)
     with waiting(f"following {type(model).__name__} through one forward"):
-        pruner = pruner_of(callback, model)
-    if pruner is None:
-        raise OptionError(
-            f"a plan for {type(model).__name__} was asked for, but it has no example_input_array to trace it "
-            "with; set that attribute to one input of forward"
-        )
-    return callback, pruner
+        return callback, traced(callback, model, "a plan for")
 
 
 def _outlook(callback: StructuredPruning, pruner: GroupNormPruner) -> Outlook:

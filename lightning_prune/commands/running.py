@@ -15,7 +15,8 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_prune.commands.answering import Stopped
-from lightning_prune.commands.configuring import build, prunings
+from lightning_prune.commands.configuring import build
+from lightning_prune.training.checkpointing import prunings
 
 __all__ = ["fit", "known_warnings", "run", "stoppable"]
 

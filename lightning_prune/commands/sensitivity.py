@@ -7,7 +7,6 @@ import logging
 import warnings
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,7 @@ from lightning_prune.commands.configuring import (
     check_checkpoint,
     compose_config,
     config_parser,
-    pruner_of,
-    prunings,
+    traced,
 )
 from lightning_prune.commands.running import stoppable
 from lightning_prune.errors import OptionError
@@ -36,6 +34,7 @@ from lightning_prune.sensitivity import Sensitivity, measure_sensitivity
 from lightning_prune.sensitivity.measuring import RATIOS
 from lightning_prune.sensitivity.parts import Part
 from lightning_prune.sensitivity.ratios import options_of, shares_for
+from lightning_prune.training.checkpointing import prunings
 
 __all__ = ["run"]
 
@@ -69,12 +68,9 @@ def run(words: Sequence[str]) -> None:
     if cfg.ckpt_path is not None:
         check_checkpoint(cfg.ckpt_path)
         load_pruned_state(model, torch.load(cfg.ckpt_path, map_location="cpu", weights_only=True))
-    pruner = pruner_of(callback, model)
-    if pruner is None:
-        raise OptionError(f"{type(model).__name__} has no example_input_array to trace it with; set it")
-    options = {f.name: getattr(callback.options, f.name) for f in fields(callback.options)}
+    pruner = traced(callback, model, "the sensitivity of")
+    options = pruner.options.as_keywords()
     del options["budget"]
-    options["forward_fn"] = pruner.options.forward_fn
     if options["importance"] in NEEDS:
         print(f"importance={options['importance']} needs training; sensitivity is that of group_norm")
         options["importance"] = "group_norm"
@@ -157,10 +153,12 @@ def _metric_of(
             setattr(twin.get_submodule(owner), leaf, network)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the loader has few workers, once per point
-            (found,) = trainer.validate(twin, datamodule=data, verbose=False)[:1]
+            logged = trainer.validate(twin, datamodule=data, verbose=False)
+        found = next(iter(logged), {})
         if name not in found:
             raise OptionError(
-                f"--metric {name} was asked for, and validation logs {', '.join(sorted(found))}"
+                f"{name} is to be measured, and validation logs {', '.join(sorted(found)) or 'nothing'}; "
+                "name another with --metric"
             )
         return float(found[name])
 

@@ -10,15 +10,22 @@ from typing import Any, Literal, TypeAlias
 
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_prune.commands.words import keys_of
 from lightning_prune.errors import OptionError
 
-__all__ = ["GROUP", "Choices", "Dimension", "Range", "Search", "read_search", "without_search", "words_of"]
+__all__ = ["GROUP", "Choices", "Dimension", "Range", "Search", "read_search", "without_search"]
 
 Direction: TypeAlias = Literal["maximize", "minimize"]
 DIRECTIONS = ("maximize", "minimize")
 RANGE, CHOICES = {"low", "high", "log", "step"}, {"choices"}
 PLAIN = (bool, int, float, str)
 GROUP = "hparams_search"
+TYPES: tuple[tuple[str, type, str], ...] = (
+    ("name", str, "a name, in quotes where it is a number"),
+    ("folder", str, "the path of a folder"),
+    ("median_stopper", bool, "true or false"),
+    ("space", dict, "a table of what is varied, such as {model: {lr: {low: 0.001, high: 0.01}}}"),
+)
 
 
 @dataclass(frozen=True)
@@ -153,7 +160,10 @@ def read_search(cfg: DictConfig, typed: Sequence[str] = ()) -> Search:
         value = content.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise OptionError(f"{GROUP}.{key}={value} was asked for; it is a whole number, at least 1")
-    space = tuple(_dimensions(content["space"] or {}, ""))
+    for key, kind, words in TYPES:
+        if not isinstance(content.get(key, kind()), kind):
+            raise OptionError(f"{GROUP}.{key}={content[key]} was asked for; it is {words}")
+    space = tuple(_dimensions(content["space"], ""))
     _check_space(space, cfg, typed)
     read = {
         "folder": Path(content["folder"]),
@@ -171,21 +181,6 @@ def without_search(cfg: DictConfig) -> DictConfig:
     {'seed': 0}
     """
     return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in (GROUP, "run_dir")])
-
-
-def words_of(values: Mapping[str, Any]) -> list[str]:
-    """Write values as the words that one would type.
-
-    >>> words_of({"pruning.options.round_to": None, "model.lr": 0.01, "model": "vit"})
-    ['pruning.options.round_to=null', 'model.lr=0.01', "model='vit'"]
-    """
-    return [f"{path}={_word(value)}" for path, value in values.items()]
-
-
-def _word(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return repr(value) if not isinstance(value, str) else "'" + value.replace("'", "\\'") + "'"
 
 
 def _objectives(lines: Any) -> dict[str, str]:
@@ -236,7 +231,7 @@ def _check_space(space: Sequence[Dimension], cfg: DictConfig, typed: Sequence[st
     """Everything varied must exist, and nobody else may set it."""
     if not space:
         raise OptionError(f"{GROUP}.space is empty, so there is nothing to search")
-    set_by_hand = {word.lstrip("+").partition("=")[0] for word in typed}
+    set_by_hand = keys_of(typed)
     for dimension in space:
         path = dimension.path
         _check_path(path, cfg)

@@ -12,10 +12,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 from typing_extensions import override
 
-from lightning_prune.commands.configuring import build, prunings
+from lightning_prune.commands.configuring import build
 from lightning_prune.commands.running import fit, known_warnings
 from lightning_prune.errors import OptionError
 from lightning_prune.measuring.measured import Measured
+from lightning_prune.training.checkpointing import prunings
 
 __all__ = ["FROM_REPORT", "Watch", "check_metrics", "run_trial"]
 
@@ -89,7 +90,7 @@ def check_metrics(cfg: DictConfig, objectives: Iterable[str]) -> None:
         OmegaConf.update(rehearsal, "run_dir", folder)
         OmegaConf.update(rehearsal, "trainer.fast_dev_run", True, force_add=True)
         with (
-            (Path(folder) / "console.txt").open("w") as console,
+            (Path(folder) / "console.txt").open("w", encoding="utf-8") as console,
             redirect_stdout(console),
             redirect_stderr(console),
             known_warnings(),

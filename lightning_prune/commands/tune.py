@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_prune.commands.answering import Stopped
 from lightning_prune.commands.configuring import compose_config, config_parser, rehearse
 from lightning_prune.commands.findings import conclude, write_findings
-from lightning_prune.commands.spaces import GROUP, Search, read_search, without_search, words_of
+from lightning_prune.commands.spaces import GROUP, Search, read_search, without_search
 from lightning_prune.commands.studies import (
     REFUSED,
     counted,
@@ -25,6 +25,7 @@ from lightning_prune.commands.studies import (
     suggest,
 )
 from lightning_prune.commands.trials import check_metrics, run_trial
+from lightning_prune.commands.words import keys_of, words_of
 from lightning_prune.errors import PruneError
 from lightning_prune.reporting.waiting import Advance, waiting
 
@@ -64,7 +65,7 @@ class Words:
 
     def compose(self, *more: str, run_dir: str = ".", is_trial: bool = True) -> DictConfig:
         """Compose the configuration of a trial, or of a run like it."""
-        keys = {word.lstrip("+").partition("=")[0] for word in self.typed}
+        keys = keys_of(self.typed)
         quiet = [f"{key}={value}" for key, value in QUIET.items() if is_trial and key not in keys]
         group = [] if GROUP in keys else [f"{GROUP}=accuracy"]
         return compose_config([*group, *quiet, *self.typed, *more], self.config_dir, run_dir=run_dir)

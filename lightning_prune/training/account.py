@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lightning_prune.reporting.report import Target
@@ -40,6 +40,6 @@ def reached_targets(callback: StructuredPruning, progress: Progress) -> tuple[Ta
 def settings_of(callback: StructuredPruning) -> dict[str, Any]:
     """List every setting by name, as plain data where it is plain."""
     own: dict[str, Any] = {name: getattr(callback, name) for name in _SETTINGS}
-    how, options = callback.distillation, callback.options
+    how = callback.distillation
     own["distillation"] = None if how is None else asdict(how)
-    return {**own, "options": {field.name: getattr(options, field.name) for field in fields(options)}}
+    return {**own, "options": callback.options.as_keywords()}

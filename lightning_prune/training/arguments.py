@@ -29,13 +29,17 @@ def as_record(name: str, kind: type[T], given: T | Mapping[str, Any] | None) -> 
     """Give a dataclass, from itself or from a mapping of its fields.
 
     Raises:
-        OptionError: If a key is no field of it; the nearest are named.
+        OptionError: If it is neither, or a key is no field of it; the nearest are named.
     """
     if isinstance(given, kind):
         return given
+    if given is not None and not isinstance(given, Mapping):
+        raise OptionError(
+            f"{name} must be a {kind.__name__} or a dict of its fields, got {type(given).__name__}"
+        )
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    for key in given or {}:  # type: ignore[union-attr]
+    for key in given or {}:
         if key not in known:
             near = get_close_matches(str(key), known, n=3, cutoff=0.0)
             raise OptionError(f"{name} has no field {key!r}; the nearest are {', '.join(near)}")
-    return kind(**(given or {}))  # type: ignore[arg-type]
+    return kind(**(given or {}))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
@@ -65,8 +64,7 @@ def build_pruner(
         iterative_steps: >= 1.
         state: Where another pruner stopped; None for a new start.
     """
-    given = {field.name: getattr(options, field.name) for field in fields(options)}
-    given["forward_fn"] = example.forward_fn
+    given = {**options.as_keywords(), "forward_fn": example.forward_fn}
     build = GroupNormPruner if state is None else partial(GroupNormPruner.resume, state=state)
     return build(
         target, example.inputs, pruning_ratio=pruning_ratio, iterative_steps=iterative_steps, **given

@@ -18,20 +18,21 @@ from typing_extensions import override
 from lightning_prune.training.callback import StructuredPruning
 from lightning_prune.training.strategies import callbacks_of
 
-__all__ = ["PrunedEarlyStopping", "PrunedModelCheckpoint"]
+__all__ = ["PrunedEarlyStopping", "PrunedModelCheckpoint", "prunings"]
 
 
-def _schedules(trainer: Trainer) -> list[StructuredPruning]:
+def prunings(trainer: Trainer) -> list[StructuredPruning]:
+    """List the callbacks of a Trainer that prune."""
     return [callback for callback in callbacks_of(trainer) if isinstance(callback, StructuredPruning)]
 
 
 def _is_waiting(trainer: Trainer) -> bool:
-    return not all(schedule.target_reached for schedule in _schedules(trainer))
+    return not all(schedule.target_reached for schedule in prunings(trainer))
 
 
 def _level(trainer: Trainer) -> int:
     """Count the cuts made so far."""
-    return sum(schedule.steps_done for schedule in _schedules(trainer))
+    return sum(schedule.steps_done for schedule in prunings(trainer))
 
 
 class PrunedModelCheckpoint(ModelCheckpoint):
