@@ -126,6 +126,8 @@ def leaves(name: str, args: Arguments, kwargs: Keywords) -> tuple[Any, ...]:
 def _collect(value: Any, whole: bool, found: list[Any]) -> None:
     if type(value) in _PLAIN:  # most are
         found.append(value)
+    elif isinstance(value, Tensor):
+        found.append(TENSOR)
     elif isinstance(value, (tuple, list)):
         found.append((len(value),))
         if all(isinstance(item, Tensor) for item in value):
@@ -144,10 +146,6 @@ def _collect(value: Any, whole: bool, found: list[Any]) -> None:
 
 
 def _leaf(value: Any, whole: bool) -> Any:
-    if isinstance(value, Tensor):
-        return TENSOR
-    if type(value) in _PLAIN:
-        return value
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, int):

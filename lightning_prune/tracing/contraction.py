@@ -5,6 +5,7 @@ Shape legend: operands are described by letters, one per dimension, as in ``eins
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -33,17 +34,18 @@ def operand(t: Tracer, tensor: Tensor, letters: str, alphabet: str) -> Operand:
     tags = t.tags(tensor)
     for statistic in tags.statistics:
         t.freeze(statistic, "a mean over these channels feeds a contraction")
+    at = [letters.find(letter) for letter in alphabet]
     labels: dict[str, Label | None] = {}
     for letter, label in zip(letters, tags.dims, strict=True):
-        labels[letter] = None if label is None else _spread(label, letters, alphabet)
+        labels[letter] = None if label is None else _spread(label, at)
     zero = dict(zip(letters, tags.zero, strict=True))
     return Operand(tensor, letters, labels, zero, id(tensor) in t.names)
 
 
-def _spread(label: Label, letters: str, alphabet: str) -> Label:
-    order = [letters.index(letter) for letter in alphabet if letter in letters]
-    shape = [label.shape[letters.index(letter)] if letter in letters else 1 for letter in alphabet]
-    return label.transpose(order).reshape(shape)
+def _spread(label: Label, at: Sequence[int]) -> Label:
+    """Put axis ``at[j]`` of a label in place j; -1 is an axis of length 1."""
+    order = [d for d in at if d >= 0]
+    return label.transpose(order).reshape([label.shape[d] if d >= 0 else 1 for d in at])
 
 
 def contract(

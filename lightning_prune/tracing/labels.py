@@ -67,6 +67,8 @@ def opaque(rank: int) -> Tags:
 
 def along(label: Label, dim: int) -> Ints:
     """View a label as [rows, n]: one row per position of its scopes."""
+    if label.size == label.shape[dim]:
+        return label.reshape(1, -1)
     last = dim % label.ndim
     order = (*range(last), *range(last + 1, label.ndim), last)  # np.moveaxis takes its time over this
     return label.transpose(order).reshape(-1, label.shape[dim])
@@ -114,7 +116,7 @@ def compress(label: Label, dim: int) -> Label:
     for axis, size in enumerate(label.shape):
         if axis != dim and size > 1:
             first = label.take([0], axis=axis)
-            if np.array_equal(np.broadcast_to(first, label.shape), label):
+            if (label == first).all():
                 label = first
     return label
 
@@ -172,7 +174,7 @@ class Ledger:
         """Atoms at equal (broadcast) positions live or die together."""
         if a is b:
             return
-        left, right = np.broadcast_arrays(a, b)
+        left, right = (a, b) if a.shape == b.shape else np.broadcast_arrays(a, b)
         if left.size > 4 * max(a.size, b.size):
             pairs = np.unique(np.stack([left.ravel(), right.ravel()]), axis=1)
             left, right = pairs[0], pairs[1]

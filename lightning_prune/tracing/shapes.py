@@ -88,7 +88,9 @@ def merge(ledger: Ledger, labels: list[Label | None], ins: list[int], sizes: lis
         full[d] = n
     rest = [a for a in range(leaf.ndim) if a not in ins]
     shape = [1 if a in ins else full[a] for a in range(leaf.ndim)]
-    return np.broadcast_to(leaf, full).transpose(rest + ins).reshape(*shape, -1)
+    if leaf.shape != tuple(full):
+        leaf = np.broadcast_to(leaf, full)
+    return leaf.transpose(rest + ins).reshape(*shape, -1)
 
 
 def _settle_elastic(ledger: Ledger, labels: list[Label | None], why: int) -> None:
@@ -104,6 +106,8 @@ def _scopes_after(
     flat: Ints, before: Sequence[int], after: Sequence[int], parts: list[Block], part: Block
 ) -> Ints:
     """Re-express the scope axes of a merged label by the reshape of their own blocks."""
+    if flat.size == flat.shape[-1]:  # it has none
+        return flat.reshape(*[1] * len(after), -1)
     source: list[int] = []
     target: list[int] = []
     for ins, outs in parts:
@@ -119,10 +123,10 @@ def divide(ledger: Ledger, flat: Ints, sizes: list[int], why: int) -> list[Label
         return [flat]
     outer, rest = sizes[0], sizes[1:]
     table = flat.reshape(*flat.shape[:-1], outer, -1)
-    if np.array_equal(table, np.broadcast_to(table[..., :1, :], table.shape)):
+    if (table == table[..., :1, :]).all():
         inner = divide(ledger, table[..., 0, :], rest, why)
         return [None, *(None if x is None else np.expand_dims(x, flat.ndim - 1) for x in inner)]
-    if np.array_equal(table, np.broadcast_to(table[..., :1], table.shape)):
+    if (table == table[..., :1]).all():
         return [_with_ones(table[..., 0], len(rest)), *([None] * len(rest))]
     row, cell = ledger.divide(flat, outer, why)
     return [_with_ones(row, len(rest)), *divide(ledger, cell, rest, why)]
