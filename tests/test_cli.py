@@ -387,7 +387,7 @@ def test_plan_draws_one_group(command):
     ]
     ties = [re.sub(r":\d+\)", ":N)", line.strip()) for line in out.splitlines()[4:]]
     assert ties == [
-        'n0 -- "normalised with: native_batch_norm in stages.0.0.bn1 (resnet.py:N)" --- n1',
+        'n0 -- "normalised with: batch_norm in stages.0.0.bn1 (resnet.py:N)" --- n1',
         'n0 -- "contracted: conv2d in stages.0.0.conv2 (resnet.py:N)" --- n2',
     ]
 

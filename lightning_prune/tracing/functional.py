@@ -276,6 +276,31 @@ def normalise_groups(
     return out
 
 
+@function_rule(F.batch_norm)
+def normalise_batch(
+    t: Tracer,
+    func: Run,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """Batch norm: one mean per channel, learnt from the batch in training."""
+    given = (input, running_mean, running_var, weight, bias, training, *args)
+    if training:
+        with t.silently():
+            out: Tensor = func(*given, **kwargs)
+    else:
+        out = t.quietly(func, *given, **kwargs)
+    statistics = {"running_mean": running_mean, "running_var": running_var}
+    channel_norm(t, {"input": input, "weight": weight, "bias": bias, **statistics}, out)
+    return out
+
+
 @function_rule(F.instance_norm, torch.instance_norm)
 def normalise_instances(
     t: Tracer,
