@@ -82,11 +82,11 @@ def _components(count: int, left: Ints, right: Ints) -> Ints:
     """
     of = np.arange(count, dtype=np.int64)
     while len(left):
-        low, high = np.minimum(left, right), np.maximum(left, right)
-        np.minimum.at(of, high, low)
+        np.minimum.at(of, left, right)  # of the two the smaller one is not changed by this
+        np.minimum.at(of, right, left)
         while not np.array_equal(up := of[of], of):
             of = up
-        left, right = of[low], of[high]
+        left, right = of[left], of[right]
         apart = left != right
         left, right = left[apart], right[apart]
     is_root = of == np.arange(count)
