@@ -256,14 +256,22 @@ def test_early_stopping_begins_to_count_after_the_last_cut(at_epoch_end):
     assert stopper.best_score == pytest.approx(0.7)
 
 
+class Saver(ModelCheckpoint):
+    """A class of the user's own."""
+
+
 @pytest.mark.parametrize(
-    "callback",
-    [ModelCheckpoint(monitor="val_acc"), EarlyStopping("val_acc")],
-    ids=["ModelCheckpoint", "EarlyStopping"],
+    ("callback", "ours"),
+    [
+        (ModelCheckpoint(monitor="val_acc"), "PrunedModelCheckpoint"),
+        (Saver(monitor="val_acc"), "PrunedModelCheckpoint"),
+        (EarlyStopping("val_acc"), "PrunedEarlyStopping"),
+    ],
+    ids=["ModelCheckpoint", "Saver", "EarlyStopping"],
 )
-def test_callbacks_that_judge_unpruned_epochs_are_pointed_out(callback, tmp_path):
+def test_callbacks_that_judge_unpruned_epochs_are_pointed_out(callback, ours, tmp_path):
     name = type(callback).__name__
-    with pytest.warns(UserWarning, match=rf"{name}\(monitor='val_acc'\).*use lightning_prune\.Pruned{name}"):
+    with pytest.warns(UserWarning, match=rf"{name}\(monitor='val_acc'\).*use lightning_prune\.{ours},"):
         fit(
             build(Scripted),
             Quiet(0.5),

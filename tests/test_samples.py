@@ -100,6 +100,27 @@ def test_every_metric_of_both_is_compared_the_one_of_the_task_first() -> None:
     assert [other.name for other in others] == ["loss"]
 
 
+@pytest.mark.parametrize(
+    ("name", "direction"),
+    [
+        ("val/acc", "max"),
+        ("val_top1_acc", "max"),
+        ("test/BinaryAccuracy", "max"),
+        ("valAcc", "max"),
+        ("val/accepted", None),
+        ("val/vaccine_f1", None),
+        ("val/err_top5", "min"),
+        ("val/top5_err", "min"),
+        ("val/CharErrorRate", "min"),
+        ("val/BCELoss", "min"),
+        ("val/inferred_f1", None),
+    ],
+)
+def test_a_direction_is_told_by_words_not_by_letters(name: str, direction: str | None) -> None:
+    assert scores().direction(name) == direction
+    assert (scores().choose({name: 0.0}) is None) is (direction is None or "rr" in name)
+
+
 def test_a_metric_that_nothing_tells_of_is_shown_and_not_judged() -> None:
     main, others = scores().compare({"val/ppl": 9.0}, {"val/ppl": 8.0})
     assert (main, others) == (None, (Metric("ppl", None, 9.0, 8.0),))

@@ -18,6 +18,9 @@ MOST = 7  # metrics that a report shows beside the one that speaks for the task
 _SPLIT = re.compile(r"^(test|val|valid|validation)[_/]")
 _OF_A_STEP = re.compile(r"_step$")
 _OF_AN_EPOCH = re.compile(r"_epoch$")
+# As words of their own: `accepted` is no accuracy, and `inferred` no error.
+_ACCURACY = re.compile(r"(?i:accuracy)|(?<![a-zA-Z])acc(?![a-z])|A(?:cc|CC)(?![a-z])")
+_ERROR = re.compile(r"(?i:loss|error)|(?<![a-zA-Z])err(?![a-z])|E(?:rr|RR)(?![a-z])")
 
 
 class Score:
@@ -36,7 +39,7 @@ class Score:
     def choose(self, metrics: Mapping[str, float]) -> str | None:
         """Choose a metric: an accuracy, else the monitored one, else a loss of held-out data."""
         held_out = [name for name in metrics if _SPLIT.match(name)] or list(metrics)
-        accuracies = [name for name in held_out if "acc" in _without_split(name).lower()]
+        accuracies = [name for name in held_out if _ACCURACY.search(_without_split(name))]
         monitored = [name for name in held_out if _without_split(name) in self._monitored]
         losses = [name for name in held_out if "loss" in _without_split(name).lower()]
         return next(iter([*accuracies, *monitored, *losses]), None)
@@ -46,9 +49,9 @@ class Score:
         plain = _without_split(name)
         if plain in self._monitored:
             return "min" if self._monitored[plain] == "min" else "max"
-        if "loss" in plain.lower() or "err" in plain.lower():
+        if _ERROR.search(plain):
             return "min"
-        return "max" if "acc" in plain.lower() else None
+        return "max" if _ACCURACY.search(plain) else None
 
     def compare(
         self, dense: Mapping[str, float], pruned: Mapping[str, float]

@@ -138,10 +138,11 @@ def point_out_neighbours(trainer: Trainer) -> None:
     for callback in callbacks_of(trainer):
         monitor = callback.monitor if isinstance(callback, (ModelCheckpoint, EarlyStopping)) else None
         if monitor is not None and not getattr(callback, "waits_for_pruning", False):
-            kind = type(callback).__name__
+            ours = "EarlyStopping" if isinstance(callback, EarlyStopping) else "ModelCheckpoint"
             rank_zero_warn(
-                f"{kind}(monitor={monitor!r}) compares epochs before and after the cut, and the unpruned "
-                f"ones tend to win; use lightning_prune.Pruned{kind}, which waits for the last cut"
+                f"{type(callback).__name__}(monitor={monitor!r}) compares epochs before and after the cut, "
+                f"and the unpruned ones tend to win; use lightning_prune.Pruned{ours}, which waits for the "
+                "last cut"
             )
 
 
