@@ -147,6 +147,8 @@ def test_cfg_job_shows_the_configuration_and_runs_nothing(command, tmp_path):
         ([f"ckpt_path={__file__}"], ["no checkpoint, or only a part of one", "last.ckpt"]),
         (["seed="], ["seed"]),
         (["seed=[1"], ["seed=[1"]),
+        (["seed=4294967296"], ["seed=4294967296", "below 2**32"]),
+        (["plan", "seed=-1"], ["seed=-1", "at least 0"]),
         (["train", "pruning.pruning_ratio=1.2"], ["1.2", "[0, 1)"]),
         (["plam", "model=vit"], ["plam", "did you mean `lightning-prune plan`?", "lightning-prune train"]),
         (["--frobnicate"], ["--frobnicate", "`lightning-prune --help`"]),

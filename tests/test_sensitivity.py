@@ -325,6 +325,7 @@ class Blind(Classifier):
     [
         ([], "asked of fresh weights, .* ckpt_path=..., or say --as-is"),
         (["--as-is", "pruning=none"], "pruning=none was asked for"),
+        (["--as-is", "seed=-1"], "seed=-1 was asked for; a seed is a whole number"),
         (
             ["--as-is", f"model._target_={__name__}.Blind"],
             "the sensitivity of Blind was asked for, but it has no example_input_array",
@@ -344,6 +345,17 @@ def test_what_cannot_be_measured_is_refused(words, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OptionError, match=said):
         sensitivity_command([*SMALL, "trainer.accelerator=cpu", *words])
+
+
+def test_a_loss_is_measured_into_a_file_of_another_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["--metric", "val/loss", "--mode", "min", "--file", "kept/loss.json", "--ratios", "0.5"]
+    sensitivity_command(["--as-is", *SMALL, "trainer.accelerator=cpu", "trainer.limit_val_batches=1", *words])
+    assert capsys.readouterr().out.splitlines()[-2:] == ["kept/loss.json", "kept/loss.png"]
+    found = Sensitivity.read(tmp_path / "kept" / "loss.json")
+    assert found.mode == "min"
+    assert found.baseline > 1  # no accuracy
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["loss.json", "loss.png"]
 
 
 def test_a_wrong_budget_is_refused_before_anything_is_measured(tmp_path, monkeypatch):

@@ -106,6 +106,7 @@ def test_a_space_is_read_by_paths():
         ({"space": {"seed": {"low": 3}}}, [], ["needs low and high"]),
         ({"space": {"seed": {"low": "a", "high": 2}}}, [], ["low='a'", "no number"]),
         ({"space": {"seed": {"low": 0, "high": 2, "log": True}}}, [], ["log=true", "low > 0"]),
+        ({"space": {"seed": {"low": 1, "high": 2, "log": "maybe"}}}, [], ["log='maybe'", "true or false"]),
         ({"space": {"seed": {"low": 0, "high": 2, "step": 0}}}, [], ["step=0", "> 0"]),
         ({"space": {"seed": {"low": 0, "high": 2, "stop": 1}}}, [], ["unknown 'stop'"]),
         ({"space": {"seed": {"choices": []}}}, [], ["choices=[]", "give a list"]),

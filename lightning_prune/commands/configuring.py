@@ -6,6 +6,7 @@ import logging
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from zipfile import is_zipfile
 
 from hydra import compose, initialize_config_module
@@ -31,12 +32,14 @@ __all__ = [
     "let_ratio_win",
     "pruner_of",
     "rehearse",
+    "sow",
     "traced",
 ]
 
 CONF = "lightning_prune.conf"
 PRIMARY = "prune"
 BUDGET = "pruning.options.budget"
+LARGEST_SEED = 2**32 - 1  # of NumPy's old generator, which Lightning seeds too
 log = logging.getLogger(__name__)
 
 
@@ -89,8 +92,6 @@ def let_ratio_win(cfg: DictConfig, overrides: Sequence[str]) -> None:
 
 def rehearse(cfg: DictConfig) -> None:
     """Build everything once and plan the prune: a wrong option ends the run before anything is trained."""
-    if isinstance(cfg.seed, bool) or not isinstance(cfg.seed, int) or cfg.seed < 0:
-        raise OptionError(f"seed={cfg.seed} was asked for; a seed is a whole number, at least 0")
     if cfg.ckpt_path:
         check_checkpoint(cfg.ckpt_path)
     model, _, trainer = build(cfg)
@@ -112,9 +113,20 @@ def check_checkpoint(path: str) -> None:
         )
 
 
+def sow(seed: Any) -> None:
+    """Seed every source of random numbers.
+
+    Raises:
+        OptionError: If it is no seed.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED:
+        raise OptionError(f"seed={seed} was asked for; a seed is a whole number, at least 0, below 2**32")
+    seed_everything(seed, verbose=False)
+
+
 def build(cfg: DictConfig) -> tuple[LightningModule, LightningDataModule, Trainer]:
     """Build what a run consists of, from the same random state every time."""
-    seed_everything(cfg.seed, verbose=False)
+    sow(cfg.seed)
     model, data = instantiate(cfg.model), instantiate(cfg.data)
     callbacks = [instantiate(node) for node in cfg.callbacks.values()]
     callbacks += [instantiate(cfg.pruning)] if cfg.pruning else []

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from hydra.utils import instantiate
-from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_prune.commands.configuring import compose_config, config_parser, traced
+from lightning_prune.commands.configuring import compose_config, config_parser, sow, traced
 from lightning_prune.errors import OptionError
 from lightning_prune.graph.groups import Group
 from lightning_prune.pruner import GroupNormPruner
@@ -71,7 +70,7 @@ def _built(cfg: DictConfig) -> tuple[StructuredPruning, GroupNormPruner]:
         raise OptionError(
             "a plan was asked for with pruning=none, which cuts nothing; choose another pruning=..."
         )
-    seed_everything(cfg.seed, verbose=False)
+    sow(cfg.seed)
     asked = OmegaConf.select(cfg, IMPORTANCE)
     if asked in NEEDS:
         print(f"importance={asked} needs training; this plan ranks by group_norm\n", file=sys.stderr)

@@ -63,6 +63,8 @@ class Range:
             raise OptionError(f"{name} has low={self.low} above high={self.high}")
         if numbers["step"] <= 0:
             raise OptionError(f"{name} has step={self.step}; it must be > 0")
+        if not isinstance(self.log, bool):
+            raise OptionError(f"{name} has log={self.log!r}; it is true or false")
         if self.log and (self.low <= 0 or self.step is not None):
             raise OptionError(f"{name} has log=true, which needs low > 0 and no step")
 
