@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,6 +114,11 @@ def test_help_teaches_and_needs_no_extra(command, monkeypatch):
         "max_epochs: 30",
     ):
         assert word in out
+
+
+@pytest.mark.parametrize("words", [["--version"], ["plan", "--version"]], ids=" ".join)
+def test_the_version_is_ours(command, words):
+    assert command(*words) == (0, f"lightning-prune {version('lightning-prune')}\n", "")
 
 
 def test_cfg_job_shows_the_configuration_and_runs_nothing(command, tmp_path):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
 
+import lightning_prune
 from lightning_prune.commands.answering import answer
 from lightning_prune.commands.table import COMMANDS, DEFAULT, listed
 from lightning_prune.errors import OptionError
@@ -28,6 +29,9 @@ def main() -> None:
 
 def _call(name: str, words: Sequence[str]) -> None:
     """Load the file of a command and run it."""
+    if words[:1] == ["--version"]:
+        print(f"lightning-prune {lightning_prune.__version__}")  # else Hydra tells its own
+        return
     if name not in COMMANDS:
         near = get_close_matches(name, COMMANDS, n=1)
         hint = f"; did you mean `lightning-prune {near[0]}`?" if near else "."
