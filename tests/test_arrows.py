@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "lightning_prune"
 # files of a folder may import one another. A module or folder that is not here needs a place.
 RANKS = (
     {"errors", "leaving"},
-    {"plan", "options", "files"},
+    {"plan", "options", "files", "randomness"},
     {"surgery"},  # its patches tell tracing which layers have an equal forward
     {"tracing"},
     {"graph"},

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
 
-import lightning_prune
 from lightning_prune.commands.answering import answer
 from lightning_prune.commands.table import COMMANDS, DEFAULT, listed
 from lightning_prune.errors import OptionError
@@ -30,7 +29,8 @@ def main() -> None:
 def _call(name: str, words: Sequence[str]) -> None:
     """Load the file of a command and run it."""
     if words[:1] == ["--version"]:
-        print(f"lightning-prune {lightning_prune.__version__}")  # else Hydra tells its own
+        ours = import_module("lightning_prune").__version__  # Hydra would tell its own
+        print(f"lightning-prune {ours}")
         return
     if name not in COMMANDS:
         near = get_close_matches(name, COMMANDS, n=1)

@@ -5,18 +5,17 @@ That is train flags, buffers, random states and grad mode.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_prune.errors import OptionError, TraceError
+from lightning_prune.randomness import randomness_kept
 from lightning_prune.surgery.tensors import tensors_of
 
 __all__ = ["ForwardFn", "check_model", "devices", "measured_forward"]
@@ -116,9 +115,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     # Flags are set one by one: ``eval()`` may be overridden and do more than that, such as merging adapters.
     flags = [(module, module.training) for module in model.modules()]
     buffers = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers(remove_duplicate=False)}
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    gpus = [device for device in devices(model) if device.type == "cuda"]
-    with torch.random.fork_rng(devices=gpus):
+    with randomness_kept():
         try:
             for module, _ in flags:
                 module.training = False
@@ -127,8 +124,6 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
             for module, flag in flags:
                 module.training = flag
             _restore_buffers(model, buffers)
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
 
 
 def _restore_buffers(model: nn.Module, before: Mapping[str, tuple[Tensor, Tensor]]) -> None:

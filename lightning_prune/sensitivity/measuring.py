@@ -16,12 +16,12 @@ from torch import nn
 
 from lightning_prune.errors import OptionError
 from lightning_prune.pruner import GroupNormPruner
+from lightning_prune.randomness import randomness_kept
 from lightning_prune.reporting.curves import layer_of
 from lightning_prune.reporting.waiting import with_bar
 from lightning_prune.sensitivity.curves import Sensitivity
 from lightning_prune.sensitivity.parts import Part, cut_parts, parts_of
 from lightning_prune.surgery.applying import apply
-from lightning_prune.tracing.trace import used_gpus
 
 __all__ = ["RATIOS", "measure_sensitivity"]
 
@@ -91,7 +91,7 @@ def _described(point: tuple[Part, float]) -> str:
 
 
 def _evaluated(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
-    with torch.random.fork_rng(devices=used_gpus()):
+    with randomness_kept():
         return float(evaluate(model))
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_prune.errors import PruneError, TraceError
+from lightning_prune.randomness import randomness_kept, used_gpus
 from lightning_prune.surgery.tensors import tensors_of
 from lightning_prune.tracing import (
     contraction,
@@ -198,36 +199,23 @@ def _run(tracer: Tracer, twin: nn.Module, example_inputs: Any, forward_fn: Calla
         ) from error
 
 
-def used_gpus() -> list[int]:
-    """Give the numbers of all GPUs, none where nobody has used one yet.
-
-    Then a seed may wait there, which whatever touches the random numbers would replace for good.
-    """
-    is_used = bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
-    return list(range(torch.cuda.device_count())) if is_used else []
-
-
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """RNG states, grad mode, autocast and the attention fast path are given back as they were.
 
     Two runs draw the same random numbers, so that what they do can be compared.
     """
-    drawn, drawn_by_numpy = random.getstate(), np.random.get_state()
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    gpus = used_gpus()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.random.fork_rng(devices=gpus), _without_autocast():
+        with randomness_kept(), _without_autocast():
             torch.default_generator.manual_seed(0)
-            if gpus:
+            if used_gpus():
                 torch.cuda.manual_seed_all(0)
             random.seed(0)
             np.random.seed(0)
             yield
     finally:
-        random.setstate(drawn)
-        np.random.set_state(drawn_by_numpy)
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import Metric
 
 from lightning_prune.errors import TraceError
+from lightning_prune.randomness import randomness_kept
 from lightning_prune.training.describing import Call, describe
 
 __all__ = [
@@ -84,7 +84,7 @@ def from_array(pl_module: LightningModule, module: str | None) -> list[Call]:
     args, kwargs = ((), dict(array)) if isinstance(array, Mapping) else (_as_args(array), {})
     if module is None:
         return [Call("", args, kwargs)] if _has_forward(pl_module) else []
-    with isolate_rng(), torch.no_grad():
+    with randomness_kept(), torch.no_grad():
         twin = _twin(pl_module)
         calls, _ = _record(_submodule(twin, module), lambda: twin(*args, **kwargs))
     return calls
@@ -101,7 +101,7 @@ def from_batch(pl_module: LightningModule, module: str | None, batch: Any, train
         TraceError: If the step calls no module that has parameters.
     """
     failure: Exception | None = None
-    with isolate_rng(), torch.no_grad():
+    with randomness_kept(), torch.no_grad():
         for sample in (_leading(batch, 2), batch):
             twin = quiet_twin(pl_module, trainer)
             calls, failure = _record(_submodule(twin, module), training_step(twin, sample))
@@ -122,7 +122,7 @@ def take_batch(trainer: Trainer, pl_module: LightningModule) -> Any:
 
     A map-style dataset is asked for its first two samples, so that neither sampler nor workers notice.
     """
-    with isolate_rng():
+    with randomness_kept():
         return transferred(trainer, pl_module, _each_loader(trainer.train_dataloader))
 
 

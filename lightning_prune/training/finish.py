@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from lightning_prune.measuring.measured import describe_machine, describe_versio
 from lightning_prune.measuring.speedup import account_for_speed
 from lightning_prune.plan import Plan
 from lightning_prune.pruner import GroupNormPruner
+from lightning_prune.randomness import randomness_kept
 from lightning_prune.reporting.console import print_report
 from lightning_prune.reporting.history import Cut, Spread, record_cut, record_spread
 from lightning_prune.reporting.report import Metric, Report, Target
@@ -140,7 +140,7 @@ class FitReport:
         if not trainer.is_global_zero:
             return
         try:
-            with isolate_rng():
+            with randomness_kept():
                 dense = self._dense(pl_module, module)
                 found = self._measured(trainer, pl_module, dense, module, example)
             whole = self._with_history(found, trainer, config)

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_prune.errors import OptionError
+from lightning_prune.randomness import randomness_kept
 from lightning_prune.training.example_inputs import collated, quiet_twin, training_step, transferred
 
 __all__ = ["recalibrate"]
@@ -38,7 +38,7 @@ def recalibrate(trainer: Trainer, pl_module: LightningModule, module: str | None
     norms = _norms(pl_module, module)
     if not norms:
         return
-    with isolate_rng(), torch.no_grad():
+    with randomness_kept(), torch.no_grad():
         twin = quiet_twin(pl_module, trainer)
         copies = _norms(twin, module)
         for norm in copies.values():
