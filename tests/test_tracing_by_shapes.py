@@ -231,6 +231,34 @@ def test_a_result_that_looks_at_an_argument_is_not_known() -> None:
         assert shapes.whole(torch.t, (x,), {}).untyped_storage()._cdata == x.untyped_storage()._cdata
 
 
+def test_where_gradients_are_on_every_result_has_a_history() -> None:
+    shapes, weight = Shapes(), nn.Parameter(shape(3, 3))
+    with torch.no_grad():
+        shapes.whole(nn.functional.linear, (shape(2, 3), weight), {})
+    with torch.enable_grad():
+        for _ in range(2):
+            assert shapes.whole(nn.functional.linear, (shape(2, 3), weight), {}).requires_grad
+
+
+class Strided(nn.Module):
+    """Calls a convolution with NumPy's integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        two, one = np.int64(2), np.int64(1)
+        y = nn.functional.conv2d(x, self.first.weight, None, stride=two, groups=one)  # type: ignore[call-overload]
+        return self.last(y)  # type: ignore[no-any-return]
+
+
+def test_whole_numbers_of_numpy_are_strides_and_groups() -> None:
+    tracer = trace(Strided(), torch.zeros(1, 3, 16, 16))
+    graph = build_graph(tracer, tuple(tracer.leaves), frozenset(tracer.buffers))
+    assert [(g.name, g.n_units) for g in graph.groups] == [("first.weight:0", 8)]
+
+
 def test_a_function_of_values_is_run_every_time() -> None:
     shapes = Shapes()
     assert [shapes.whole(torch.relu, (torch.full((2,), v),), {}).tolist() for v in (1.0, 2.0)] == [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,7 @@ def _label_convolved(t: Tracer, x: Tags, out: Tensor, known: dict[int, tuple[Lab
 def _passing(x: Tensor, weight: Tensor, stride: Any, out: Tensor) -> list[int]:
     """Dimensions along which every position is mapped by itself: kernel and stride 1, nothing padded."""
     spatial = weight.ndim - 2
-    steps = [int.__int__(s) for s in (stride if isinstance(stride, (tuple, list)) else (stride,))]
+    steps = [index(s) for s in (stride if isinstance(stride, (tuple, list)) else (stride,))]
     steps = steps * spatial if len(steps) == 1 else steps
     first = x.ndim - spatial
     return [

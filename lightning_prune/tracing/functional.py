@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -121,7 +122,7 @@ def _convolution(transposed: bool) -> Callable[..., Tensor]:
         out: Tensor = t.quietly(func, input, weight, bias, *args, **kwargs)
         groups = kwargs.get("groups", args[3] if len(args) > 3 else 1)  # fourth behind bias in both
         stride = kwargs.get("stride", args[0] if args else 1)
-        rows = convolve(t, input, weight, bias, stride, int.__int__(groups), transposed, out)
+        rows = convolve(t, input, weight, bias, stride, index(groups), transposed, out)
         if rows is not None:
             t.expect(groups, rows, 0)
         else:

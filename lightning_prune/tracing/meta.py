@@ -119,9 +119,13 @@ class Shapes:
         return out
 
     def whole(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run a function as Python calls it, which gives one tensor and writes into none."""
+        """Run a function as Python calls it, which gives one tensor and writes into none.
+
+        A result with a history is not to be known, for no form tells of that.
+        """
         inputs = (*args, *kwargs.values())
-        key = _key(inputs)
+        has_history = torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(inputs))
+        key = None if has_history else _key(inputs)
         if key is None:
             return func(*args, **kwargs)
         key = (func, *kwargs, *key)
