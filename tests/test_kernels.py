@@ -183,6 +183,16 @@ def test_tensors_that_are_negated_in_name_alone(device):
     torch.testing.assert_close(weights["v"].grad, weights["v"].detach().resolve_neg())
 
 
+def test_a_gradient_is_negated_in_name_alone_from_some_step_on(device):
+    weights = {"w": nn.Parameter(torch.randn(5, 6, device=device))}
+    walk, _ = walk_over(weights, 0)
+    for grad in (torch.ones(5, 6, device=device), torch._neg_view(torch.ones(5, 6, device=device))):
+        weights["w"].grad = grad
+        before = grad.resolve_neg().clone()
+        walk.add(torch.ones(5, device=device), clean=False)
+        torch.testing.assert_close(weights["w"].grad.resolve_neg(), before + weights["w"].detach())
+
+
 def test_strides_along_an_axis_of_one_element_do_not_matter(device, monkeypatch):
     """Convolutions of 1x1 get such gradients from cuDNN."""
     monkeypatch.setattr(Block, "add_scaled", never)

@@ -36,6 +36,7 @@ _FACTS: tuple[Callable[[Any], Any], ...] = (
     attrgetter("dtype"),
     attrgetter("device"),
     Tensor.stride,
+    Tensor.is_neg,
 )
 _BIAS = re.compile(r"(^|_)bias(es)?(_|$)")
 
@@ -90,10 +91,10 @@ def real(tensor: Tensor) -> Tensor:
 
 
 def facts_of(tensors: Iterable[Any]) -> list[list[Any]]:
-    """List shapes, types, devices and strides: what a layout hangs on, at little cost per step.
+    """List shapes, types, devices, strides and pending signs: what a layout hangs on, cheap to ask for.
 
     >>> facts_of([torch.zeros(2, 3)])
-    [[torch.Size([2, 3])], [torch.float32], [device(type='cpu')], [(3, 1)]]
+    [[torch.Size([2, 3])], [torch.float32], [device(type='cpu')], [(3, 1)], [False]]
     """
     known = list(tensors)
     return [list(map(fact, known)) for fact in _FACTS]
