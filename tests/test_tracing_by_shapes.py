@@ -240,6 +240,14 @@ def test_where_gradients_are_on_every_result_has_a_history() -> None:
             assert shapes.whole(nn.functional.linear, (shape(2, 3), weight), {}).requires_grad
 
 
+def test_gradients_that_nobody_asked_for_are_none() -> None:
+    shapes, x, weight = Shapes(), shape(1, 3, 4, 4), shape(2, 3, 1, 1)
+    rest = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, False, False])
+    for _ in range(2):
+        found = shapes(ATEN.convolution_backward.default, (shape(1, 2, 4, 4), x, weight, [0], *rest), {})
+        assert (found[0].shape, *found[1:]) == (x.shape, None, None)
+
+
 class Strided(nn.Module):
     """Calls a convolution with NumPy's integers."""
 

@@ -115,7 +115,9 @@ class Shapes:
         if facts.changes_numbers:
             self._known[key] = ()  # no form of its own
         else:
-            self._known[key] = tuple(map(_form, (out,) if isinstance(out, Tensor) else out))
+            made = (out,) if isinstance(out, Tensor) else out
+            if all(isinstance(value, Tensor) for value in made):  # a gradient that nobody asked for is None
+                self._known[key] = tuple(map(_form, made))
         return out
 
     def whole(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
