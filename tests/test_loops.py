@@ -23,6 +23,7 @@ from lightning_prune.scores.backends import NUMBA, backend_for
 from lightning_prune.scores.inspecting import Inspector
 from lightning_prune.scores.launching import KernelWalk
 from lightning_prune.scores.layout import plan_blocks
+from lightning_prune.scores.loops import compiled
 from lightning_prune.scores.regularizer import Regularizer
 
 CPU = torch.device("cpu")
@@ -130,3 +131,10 @@ def test_without_numba_the_option_is_refused_at_once(monkeypatch):
     assert PruningOptions().fused is None
     with pytest.raises(OptionError, match=r"fused=True needs numba.*pip install 'lightning-prune\[fused\]'"):
         PruningOptions(fused=True)
+
+
+def test_a_numba_that_compiles_nothing_is_not_used(monkeypatch):
+    numba = pytest.importorskip("numba")
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    with pytest.raises(ImportError, match="NUMBA_DISABLE_JIT is set"):
+        compiled.__wrapped__()

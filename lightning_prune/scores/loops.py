@@ -43,9 +43,11 @@ def compiled() -> tuple[Callable[..., None], ...]:
     """Give the loops, in the order of ``Kernels``.
 
     Raises:
-        ImportError: If there is no Numba.
+        ImportError: If there is no Numba, or it is told to compile nothing.
     """
     numba = import_module("numba")
+    if numba.config.DISABLE_JIT:  # Python itself sees no memory at an address
+        raise ImportError("NUMBA_DISABLE_JIT is set")
     parts = (_share_out, _tile_at, _add_up, _lay_columns, _multiply)
     globals().update({part.__name__[1:]: numba.njit(fastmath=FAST, inline="always")(part) for part in parts})
     globals().update(prange=numba.prange, matrix=_matrix(numba))
