@@ -409,7 +409,7 @@ def missing(name):
 
 def without(monkeypatch, backend):
     """Let the language of a backend not be installed."""
-    backends._compiles.cache_clear()
+    backends._failure.cache_clear()
     for device, known in list(backends.BACKENDS.items()):
         if known == backend:
             lacking = dataclasses.replace(backend, load=missing(backend.language.lower()))
@@ -448,7 +448,8 @@ def test_what_nobody_asked_for_is_not_missed(monkeypatch):
     assert not told
 
 
-def test_every_device_has_its_language():
+def test_every_device_has_its_language(monkeypatch):
+    monkeypatch.setattr(backends, "_failure", lambda *_: None)  # there need not be a GPU
     assert backend_for(CUDA, fused=True) == TRITON
     assert backend_for(CPU, fused=True) == backend_for(CPU, fused=None) == NUMBA
     assert backend_for(MPS, fused=None) is backend_for(CPU, fused=False) is None
@@ -460,9 +461,11 @@ def test_every_device_has_its_language():
 @pytest.mark.parametrize("backend", [NUMBA, TRITON], ids=["numba", "triton"])
 def test_where_they_do_not_compile_pytorch_is_asked_and_the_reason_is_told(monkeypatch, backend):
     monkeypatch.setitem(backends.BACKENDS, "cpu", dataclasses.replace(backend, load=broken))
-    with pytest.warns(UserWarning, match=r"cannot compile for cpu \(RuntimeError: Failed to find C compiler"):
+    with pytest.warns(UserWarning, match=r"does not run on cpu \(RuntimeError: Failed to find C compiler"):
         assert backend_for(CPU, fused=None) is None
     assert backend_for(CPU, fused=None) is None  # told once
+    with pytest.raises(OptionError, match=r"does not run there \(RuntimeError: Failed to find C compiler"):
+        backend_for(CPU, fused=True)
 
 
 def broken():

@@ -110,50 +110,61 @@ def backend_for(device: torch.device, *, fused: bool | None) -> Backend | None:
         fused: False is PyTorch; None is what is installed and compiles there.
 
     Raises:
-        OptionError: If ``fused`` is True, and the language is not installed or there is none for the device.
+        OptionError: If ``fused`` is True, and the language does not run there or there is none for it.
 
     Warns:
-        UserWarning: Once per device, if ``fused`` is None and what is installed does not compile.
+        UserWarning: Once per device, if ``fused`` is None and what is installed does not run.
     """
     backend = BACKENDS.get(device.type)
     if fused is False or device.type == "meta" or (backend is not None and not backend.alive()):
         return None
-    if fused is None:
-        return backend if backend is not None and _compiles(backend, device) else None
     if backend is None:
+        if fused is None:
+            return None
         raise OptionError(
             f"fused=True has loops for CPUs and for CUDA and ROCm GPUs, and the weights lie on {device}; "
             "leave fused=None"
         )
-    try:
-        backend.load()
-    except ImportError as error:
+    error = _failure(backend, device)
+    if error is None:
+        return backend
+    if fused:
         raise OptionError(
-            f"fused=True needs {backend.language} for weights on {device}, and it cannot be imported "
-            f"({error}): {backend.how}, or leave fused=None"
+            f"fused=True needs {backend.language} for weights on {device}, and it does not run there "
+            f"({_in_short(error)}): {backend.how}, or leave fused=None"
         ) from error
-    return backend
+    if backend.comes_along or not isinstance(error, ModuleNotFoundError):
+        _warn(backend, device, _in_short(error))
+    return None
 
 
 @cache
-def _compiles(backend: Backend, device: torch.device) -> bool:
-    one = torch.ones(1, device=device)
+def _failure(backend: Backend, device: torch.device) -> Exception | None:
+    """Compile and run the smallest kernel that looks at memory by its address; give what went wrong."""
     try:
+        find = backend.kernels.find_non_finite
+        one, count = torch.ones(1, device=device), torch.ones(1, dtype=torch.int64, device=device)
+        where = torch.tensor([one.data_ptr()], dtype=torch.int64, device=device)
+        tiles = torch.zeros(1, 2, dtype=torch.int32, device=device)
+        flags = torch.zeros(2, dtype=torch.uint8, device=device)
         with on(device):
-            ends = torch.arange(2, device=device)
-            backend.kernels.unit_sums(1, one, one.int() - 1, ends, one.clone(), 1, *backend.sizes.units)
-    except Exception as error:  # a missing compiler, an unknown card, a broken installation
-        if isinstance(error, ModuleNotFoundError) and not backend.comes_along:
-            return False
-        reason = str(error).strip().partition("\n")[0]
-        warnings.warn(
-            f"{backend.language} cannot compile for {device} ({type(error).__name__}: {reason}); PyTorch's "
-            "operations press the weights instead, which takes more time. fused=False does so without this "
-            "message",
-            stacklevel=2,
-        )
-        return False
-    return True
+            find(1, where, count, count - 1, tiles, flags, 1, one[:0], backend.sizes.inspect)
+    except Exception as error:  # not installed, a missing compiler, an unknown card, a broken installation
+        return error
+    return None
+
+
+def _in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+@cache
+def _warn(backend: Backend, device: torch.device, reason: str) -> None:
+    warnings.warn(
+        f"{backend.language} does not run on {device} ({reason}); PyTorch's operations press the weights "
+        "instead, which takes more time. fused=False does so without this message",
+        stacklevel=3,
+    )
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
