@@ -267,6 +267,32 @@ def test_whole_numbers_of_numpy_are_strides_and_groups() -> None:
     assert [(g.name, g.n_units) for g in graph.groups] == [("first.weight:0", 8)]
 
 
+@pytest.mark.parametrize(
+    "spread_out",
+    [
+        lambda x, n: nn.functional.pixel_unshuffle(nn.functional.pixel_shuffle(x, n), n),
+        lambda x, n: torch.channel_shuffle(x, n),
+        lambda x, n: torch.repeat_interleave(x, n, dim=2),
+    ],
+    ids=["pixels", "channels", "repeats"],
+)
+def test_whole_numbers_of_numpy_are_factors(spread_out: Callable[..., Tensor]) -> None:
+    class Factors(nn.Module):
+        def __init__(self, number: Any) -> None:
+            super().__init__()
+            self.first, self.last, self.number = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3), number
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(spread_out(self.first(x), self.number))  # type: ignore[no-any-return]
+
+    found = []
+    for number in (2, np.int64(2)):
+        tracer = trace(Factors(number), torch.zeros(1, 3, 16, 16))
+        graph = build_graph(tracer, tuple(tracer.leaves), frozenset(tracer.buffers))
+        found.append([(g.name, g.n_units) for g in graph.groups])
+    assert found[0] == found[1] != []
+
+
 def test_a_function_of_values_is_run_every_time() -> None:
     shapes = Shapes()
     assert [shapes.whole(torch.relu, (torch.full((2,), v),), {}).tolist() for v in (1.0, 2.0)] == [

@@ -186,10 +186,10 @@ def repeat_interleave(
         return out
     at = dim % input.ndim
     with t.silently():
-        out = torch.repeat_interleave(input, int.__int__(repeats), dim=dim)
+        out = torch.repeat_interleave(input, int.__int__(index(repeats)), dim=dim)
     t.pin(repeats, "a number of repetitions must not change")
     tags = t.tags(input)
-    times = int.__int__(repeats)
+    times = int.__int__(index(repeats))
     dims = tuple(
         None if label is None else (np.repeat(label, times, axis=at) if label.shape[at] > 1 else label)
         for label in tags.dims
@@ -201,7 +201,7 @@ def repeat_interleave(
 @function_rule(F.pixel_shuffle)
 def pixel_shuffle(t: Tracer, func: Run, input: Tensor, upscale_factor: int) -> Tensor:
     """[.., C r^2, H, W] -> [.., C, H r, W r]: a result channel goes whole."""
-    r = int.__int__(upscale_factor)
+    r = int.__int__(index(upscale_factor))
     t.pin(upscale_factor, "an upscale factor must not change")
     *batch, c, h, w = input.shape
     at = len(batch)
@@ -213,7 +213,7 @@ def pixel_shuffle(t: Tracer, func: Run, input: Tensor, upscale_factor: int) -> T
 @function_rule(F.pixel_unshuffle)
 def pixel_unshuffle(t: Tracer, func: Run, input: Tensor, downscale_factor: int) -> Tensor:
     """[.., C, H r, W r] -> [.., C r^2, H, W]."""
-    r = int.__int__(downscale_factor)
+    r = int.__int__(index(downscale_factor))
     t.pin(downscale_factor, "a downscale factor must not change")
     *batch, c, h, w = input.shape
     at = len(batch)
@@ -225,7 +225,7 @@ def pixel_unshuffle(t: Tracer, func: Run, input: Tensor, downscale_factor: int) 
 @function_rule(torch.channel_shuffle)
 def channel_shuffle(t: Tracer, func: Run, input: Tensor, groups: int) -> Tensor:
     """[B, g c, ...] -> [B, c g, ...]."""
-    g = int.__int__(groups)
+    g = int.__int__(index(groups))
     t.pin(groups, "a number of groups must not change")
     b, c, *rest = input.shape
     return view(t, Tensor.reshape, input, [b, g, -1, *rest]).transpose(1, 2).reshape(b, c, *rest)
