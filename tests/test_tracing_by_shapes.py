@@ -271,7 +271,7 @@ def test_whole_numbers_of_numpy_are_strides_and_groups() -> None:
     "spread_out",
     [
         lambda x, n: nn.functional.pixel_unshuffle(nn.functional.pixel_shuffle(x, n), n),
-        lambda x, n: torch.channel_shuffle(x, n),
+        torch.channel_shuffle,
         lambda x, n: torch.repeat_interleave(x, n, dim=2),
     ],
     ids=["pixels", "channels", "repeats"],
