@@ -1,6 +1,7 @@
 """Loops in Numba's part of Python: what ``kernels`` computes on a GPU, on the cores of a CPU.
 
-They walk the same tables. Each tile leaves sums of its own, which are added up in a fixed order, so that any
+They walk the same tables and take the same arguments, though a core needs no word on how many numbers it
+reads at a time. Each tile leaves sums of its own, which are added up in a fixed order, so that any
 number of cores gives the same bits. Numba is imported, and a loop compiled, at the first use.
 """
 
